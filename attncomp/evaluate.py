@@ -1,0 +1,177 @@
+"""Expressions on torch tensors: the meaning of `attncomp.expr`, used by the reference, by ATen variants and by numeric checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+
+from attncomp.expr import Axis, Const, Expr, Load, Op, Score, Size, Sum, Weight
+
+Value: TypeAlias = "torch.Tensor | bool | int | float"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where expressions are evaluated: a box of index space and the values that leaves have there.
+
+    axes: name → (start, stop), in the order of the result's dimensions (start and stop may be SymInt).
+    score, weight: values of `Score` and `Weight`, broadcastable to the box. dtype: of float results.
+    """
+
+    axes: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, torch.Tensor]
+    device: torch.device
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    score: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def index(self, axis: str) -> torch.Tensor:
+        start, stop = self.axes[axis]
+        shape = [-1 if name == axis else 1 for name in self.axes]
+        return torch.arange(start, stop, device=self.device).view(shape)
+
+
+def evaluate(e: Expr, grid: Grid) -> Value:
+    """The value of `e` over the grid: a tensor broadcastable to the box, or a Python number where it is constant."""
+    memo: dict[Expr, Value] = {}
+
+    def visit(node: Expr) -> Value:
+        if node not in memo:
+            memo[node] = _value(node, grid, visit)
+        return memo[node]
+
+    return visit(e)
+
+
+def evaluate_tensor(e: Expr, grid: Grid) -> torch.Tensor:
+    """Like `evaluate`, always a tensor with one dimension per axis (sizes 1 where it does not vary)."""
+    value = evaluate(e, grid)
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = torch.bool if e.kind == "bool" else torch.int64 if e.kind == "int" else grid.dtype
+    return torch.full([1] * len(grid.axes), value, dtype=dtype, device=grid.device)
+
+
+def _value(e: Expr, grid: Grid, visit: Any) -> Value:
+    if isinstance(e, Const):
+        return e.value
+    if isinstance(e, Axis):
+        return grid.index(e.name)
+    if isinstance(e, Size):
+        return grid.sizes[e.name]
+    if isinstance(e, Score):
+        if grid.score is None:
+            raise ValueError("the grid holds no score")
+        return grid.score
+    if isinstance(e, Weight):
+        if grid.weight is None:
+            raise ValueError("the grid holds no weight")
+        return grid.weight
+    if isinstance(e, Load):
+        return _load(e, grid, visit)
+    if isinstance(e, Sum):
+        size = visit(e.size)
+        inner = replace(grid, axes={**grid.axes, e.axis: (0, size)})
+        body = evaluate_tensor(e.body, inner)
+        return body.expand(*body.shape[:-1], size).sum(-1)
+    if isinstance(e, Op):
+        return _apply(e.name, [visit(a) for a in e.args], [a.kind for a in e.args], grid)
+    raise TypeError(type(e).__name__)
+
+
+def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
+    tensor = grid.tensors[e.tensor]
+    names = [a.name if isinstance(a, Axis) else None for a in e.index]
+    used = [n for n in names if n is not None]
+    if len(set(used)) == len(used) and all(n is not None or isinstance(a, Const) for n, a in zip(names, e.index, strict=True)):
+        view = tensor
+        for dim in reversed(range(len(names))):  # pure axes and constants: a view, no gather
+            a, name = e.index[dim], names[dim]
+            if name is None:
+                view = view.select(dim, int(a.value) if isinstance(a, Const) else 0)
+            else:
+                start, stop = grid.axes[name]
+                if not (isinstance(start, int) and start == 0 and _same(stop, view.shape[dim])):
+                    view = view.narrow(dim, start, stop - start)
+        order = [n for n in grid.axes if n in used]
+        view = view.permute([used.index(n) for n in order])
+        shape = [view.shape[order.index(n)] if n in used else 1 for n in grid.axes]
+        view = view.reshape(shape)
+    else:
+        # An index under a branch that is not taken may be out of range; its value is never used.
+        index = [_clamped(visit(a), size, grid) for a, size in zip(e.index, tensor.shape, strict=True)]
+        view = tensor[tuple(index)]
+    return view.to(grid.dtype) if e.kind == "float" and view.dtype != grid.dtype else view
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a == b or a is b
+
+
+def _clamped(index: Value, size: int, grid: Grid) -> torch.Tensor:
+    if not isinstance(index, torch.Tensor):
+        index = torch.full([1] * len(grid.axes), index, dtype=torch.int64, device=grid.device)
+    return index.to(torch.int64).clamp(0, size - 1)
+
+
+_TORCH: dict[str, Any] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.true_divide,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    "pow": torch.pow,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "log": torch.log,
+    "log2": torch.log2,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "erf": torch.erf,
+    "floor": torch.floor,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "where": torch.where,
+}
+
+
+def _apply(name: str, args: Sequence[Value], kinds: Sequence[str], grid: Grid) -> Value:
+    tensors = [_tensor(a, kind, grid) for a, kind in zip(args, kinds, strict=True)]
+    if name == "to_float":
+        return tensors[0].to(grid.dtype)
+    if name == "to_int":
+        return tensors[0].to(torch.int64)
+    if name == "to_bool":
+        return tensors[0] != 0
+    return _TORCH[name](*tensors)  # type: ignore[no-any-return]  # torch's functions are untyped here
+
+
+def _tensor(value: Value, kind: str, grid: Grid) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = torch.bool if kind == "bool" else torch.int64 if kind == "int" else grid.dtype
+    if isinstance(value, torch.SymInt):  # a run-time length while tracing: keep it symbolic
+        return torch.scalar_tensor(value, dtype=dtype, device=grid.device)
+    return torch.full([1] * len(grid.axes), value, dtype=dtype, device=grid.device)

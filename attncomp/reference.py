@@ -1,0 +1,67 @@
+"""The spec's plain PyTorch reference: the oracle of every test. Dense, quadratic in memory, differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attncomp.evaluate import Grid, evaluate_tensor
+from attncomp.expr import Const, Expr, Load, Op
+from attncomp.spec import AttentionSpec
+
+
+def attention_reference(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor] = (),
+    sizes: Sequence[int] = (),
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """The output (B, H, Tq, E) in `dtype`, computed as the spec says with all n² weights held.
+
+    Shapes are those of ``spec.tensors``; `sizes` are the values of ``spec.symbols``. Dropout is not applied.
+    """
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    named = dict(zip((t.name for t in spec.tensors), (q, k, v, *captured), strict=True))
+    probe = Grid({}, named, q.device, symbols)
+    extent = {axis: int(evaluate_tensor(spec.size(axis), probe)) for axis in ("b", "h", "i", "j", "d", "e")}
+
+    def grid(*axes: str) -> Grid:
+        return Grid({a: (0, extent[a]) for a in axes}, named, q.device, symbols, dtype=dtype)
+
+    def over(e: Expr, *axes: str) -> torch.Tensor:
+        return evaluate_tensor(e, grid(*axes)).expand([extent[a] for a in axes])
+
+    box = grid("b", "h", "i", "j")
+    if isinstance(spec.score, Op) and spec.score.name == "mul" and all(isinstance(a, Load) for a in spec.score.args):
+        left, right = spec.score.args
+        score = over(left, "b", "h", "i", "d") @ over(right, "b", "h", "j", "d").transpose(-1, -2)
+    else:
+        score = over(spec.score, "b", "h", "i", "j", "d").sum(-1)
+    full = [extent[a] for a in ("b", "h", "i", "j")]
+    values = evaluate_tensor(spec.program, Grid(box.axes, named, q.device, symbols, score, dtype=dtype)).expand(full)
+    mask = evaluate_tensor(spec.mask, box).expand(full)
+    weight = _normalise(spec, values, mask, box)
+    if not isinstance(spec.weight, Const):
+        weight = evaluate_tensor(spec.weight, Grid(box.axes, named, q.device, symbols, weight=weight, dtype=dtype)).expand(full)
+    return weight @ over(spec.value, "b", "h", "j", "e")
+
+
+def _normalise(spec: AttentionSpec, values: torch.Tensor, mask: torch.Tensor, box: Grid) -> torch.Tensor:
+    normaliser = spec.normaliser
+    if normaliser.kind == "softmax":
+        allowed = values.masked_fill(~mask, float("-inf"))
+        if normaliser.sink is not None:
+            sink = evaluate_tensor(normaliser.sink, box).expand(*values.shape[:-1], 1)
+            return torch.cat([allowed, sink], -1).softmax(-1)[..., :-1]
+        if normaliser.empty != "nan":
+            empty = ~mask.any(-1, keepdim=True)
+            return allowed.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        return allowed.softmax(-1)
+    weight = values.masked_fill(~mask, 0.0)
+    if normaliser.kind == "sum":
+        weight = weight / (weight.sum(-1, keepdim=True) + normaliser.eps)
+    return weight

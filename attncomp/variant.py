@@ -1,0 +1,121 @@
+"""The seam between choosing and generating: what a variant (one way to compute an attention) offers.
+
+A variant looks at nothing but the spec, the proof and the device. `accept` returns an `Offer` or a `Rejection`; `build` is plain
+Python over torch tensors that the lowering traces into the user's graph, so a variant may call ATen operators or attncomp's own op.
+Variants that use attncomp's op also have `forward` and `backward`, which run inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from attncomp.cost import Work
+from attncomp.hardware import Hardware
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from attncomp.plan import Plan
+
+Family: TypeAlias = Literal["vendor", "tiled", "sparse", "linear", "reference"]
+Exactness: TypeAlias = Literal["exact", "bounded", "approximate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why something does not apply: a stable code (kebab-case) and a sentence for people."""
+
+    code: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One site to be computed: the spec, what is known of its mask, where it runs, and likely sizes.
+
+    hints: a likely value for each axis size (for symbolic sizes, the value seen at compile time); for cost only, never for correctness.
+    device: "cpu" or "cuda".
+    symbol_hints: likely value of each run-time size symbol.
+    """
+
+    spec: AttentionSpec
+    proof: MaskProof
+    device: str
+    hardware: Hardware
+    hints: Mapping[str, int]
+    symbol_hints: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A variant's answer: parameters (JSON values; part of the plan's digest) and the work it would do, for the cost model."""
+
+    params: Mapping[str, Any]
+    work: Work
+    note: str = ""
+
+
+class Variant(Protocol):
+    """One way to compute an attention."""
+
+    name: str
+    family: Family
+    exactness: Exactness
+    summary: str
+    devices: tuple[str, ...]
+
+    def accept(self, request: Request) -> Offer | Rejection: ...
+
+    def build(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> torch.Tensor:
+        """Compute the output (B, H, Tq, E) from q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, E), any strides, differentiably.
+
+        `captured` are the spec's captured tensors in order; `sizes` the values of ``spec.symbols`` in order (may be SymInt while tracing).
+        """
+        ...
+
+
+class KernelVariant(Variant, Protocol):
+    """A variant that runs inside ``torch.ops.attncomp.attention``."""
+
+    def forward(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse): out (B, H, Tq, E) with memory order (B, Tq, H, E); lse (B, H, Tq) float32, natural log of the row's sum
+        of exponentials (for linear kinds: an empty tensor of shape (0,))."""
+        ...
+
+    def backward(
+        self,
+        plan: Plan,
+        grad_out: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> list[torch.Tensor]:
+        """[dq, dk, dv, then the gradient of each captured tensor whose `requires_grad` is set], contiguous, shapes as the inputs."""
+        ...
