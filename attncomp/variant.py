@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from attncomp.cost import Work
 from attncomp.hardware import Hardware
@@ -89,6 +89,7 @@ class Variant(Protocol):
         ...
 
 
+@runtime_checkable
 class KernelVariant(Variant, Protocol):
     """A variant that runs inside ``torch.ops.attncomp.attention``."""
 

@@ -1,0 +1,141 @@
+"""The torch operators of attncomp: static, few, named once.
+
+``attncomp::attention`` takes tensors and the digest of a plan; which kernel runs is decided by the plan alone, so graph caches, which
+key on the operator and its arguments, key on everything that matters. A process that loads a compiled graph from torch's cache
+without having run our passes finds the plan in the kernel cache on disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attncomp.errors import CacheError
+from attncomp.plan import Plan
+from attncomp.variant import KernelVariant
+
+_LIBRARY = torch.library.Library("attncomp", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] sizes, str plan) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor[] captured, "
+    "SymInt[] sizes, str plan) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+_plans: dict[str, tuple[Plan, KernelVariant]] = {}
+_lock = threading.Lock()
+
+
+def register_plan(plan: Plan, variant: KernelVariant) -> str:
+    """Make `plan` runnable in this process and, through the cache, in later ones; returns its digest."""
+    digest = plan.digest
+    with _lock:
+        known = digest in _plans
+        _plans[digest] = (plan, variant)
+    if not known:
+        from attncomp.codegen.cache import default_cache
+
+        default_cache().put_plan(digest, plan.to_json())
+    return digest
+
+
+def resolve(digest: str) -> tuple[Plan, KernelVariant]:
+    """The plan and variant called `digest`.
+
+    Raises:
+        CacheError: unknown to this process and not in the cache directory.
+    """
+    found = _plans.get(digest)
+    if found is not None:
+        return found
+    from attncomp.codegen.cache import default_cache
+    from attncomp.codegen.variants import VARIANTS
+
+    data = default_cache().get_plan(digest)
+    if data is None:
+        raise CacheError(
+            f"a compiled graph asks for attention plan {digest[:12]}, which is neither in this process nor in the cache directory. "
+            "Compile the model again: clear torch's graph cache (torch.compiler.reset() and TORCHINDUCTOR_FORCE_DISABLE_CACHES=1), "
+            "or restore attncomp's cache directory."
+        )
+    plan = Plan.from_json(data)
+    variant = next((v for v in VARIANTS if v.name == plan.variant and isinstance(v, KernelVariant)), None)
+    if variant is None:
+        raise CacheError(f"plan {digest[:12]} needs the variant {plan.variant!r}, which this version of attncomp does not have.")
+    with _lock:
+        _plans[digest] = (plan, variant)
+    return plan, variant
+
+
+def attention(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    """What a kernel variant's `build` calls: one differentiable operator call; returns the output (B, H, Tq, E)."""
+    out: torch.Tensor = torch.ops.attncomp.attention(q, k, v, list(captured), list(sizes), plan.digest)[0]
+    return out
+
+
+def _forward(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    plan, variant = resolve(digest)
+    return variant.forward(plan, q, k, v, captured, sizes)
+
+
+def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = q.shape
+    out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    plan, _ = resolve(digest)
+    lse_shape = (batch, heads, length) if plan.spec.kind == "softmax" else (0,)
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _backward(
+    grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
+) -> list[torch.Tensor]:
+    plan, variant = resolve(digest)
+    return variant.backward(plan, grad_out, out, lse, q, k, v, captured, sizes)
+
+
+def _backward_fake(
+    grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
+) -> list[torch.Tensor]:
+    plan, _ = resolve(digest)
+    learned = [c for c, info in zip(captured, plan.spec.captured, strict=True) if info.requires_grad]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, *learned)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, captured, sizes, digest = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *captured)
+    ctx.sizes = sizes
+    ctx.digest = digest
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *captured = ctx.saved_tensors
+    plan, _ = resolve(ctx.digest)
+    if grad_out is None:
+        return None, None, None, [None] * len(captured), None, None
+    grads = torch.ops.attncomp.attention_backward(grad_out, out, lse, q, k, v, captured, ctx.sizes, ctx.digest)
+    learned = iter(grads[3:])
+    of_captured = [next(learned) if info.requires_grad else None for info in plan.spec.captured]
+    return grads[0], grads[1], grads[2], of_captured, None, None
+
+
+_LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attncomp::attention", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("attncomp::attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("attncomp::attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)
