@@ -1,9 +1,8 @@
 """A ``torch.compile`` backend that finds attention, proves its mask, and generates the cheapest kernel for it.
 
-``torch.compile(model, backend="attncomp")`` needs no import of this package: torch finds the backend by its entry point.
-
-Everything public is loaded on first use (PEP 562), so that ``import attncomp`` costs no ``import torch`` and the command
-line starts fast.
+``torch.compile(model, backend="attncomp")`` needs no import of this package: torch finds the backend by its entry
+point. Everything public is loaded on first use (PEP 562), so that ``import attncomp`` costs no ``import torch`` and the
+command line starts fast.
 """
 
 from __future__ import annotations
@@ -32,35 +31,34 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> object:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'attncomp' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value: object = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """Keeps ``attncomp.explain`` the function.
-
-    The function lives in a module of the same name, and Python's import system binds a submodule over its package's
-    attribute whenever the submodule is first imported. A data descriptor on the package's type outranks that binding.
-    """
-
-    @property
-    def explain(self) -> object:
-        return import_module("attncomp.explain").explain
-
-    @explain.setter
-    def explain(self, value: object) -> None:
-        if not isinstance(value, ModuleType):
-            raise AttributeError("attncomp.explain is read-only")
-
-
+# Hidden from type checkers, which see the real names above and report a misspelt one.
 if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module 'attncomp' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        value = globals()[name] = getattr(import_module(home), name)
+        return value
+
+    class _Package(ModuleType):
+        """Keeps ``attncomp.explain`` the function.
+
+        The function lives in a module of the same name, and Python's import system binds a submodule over its package's
+        attribute whenever the submodule is first imported. A data descriptor on the package's type outranks that.
+        """
+
+        @property
+        def explain(self) -> object:
+            return import_module("attncomp.explain").explain
+
+        @explain.setter
+        def explain(self, value: object) -> None:
+            if not isinstance(value, ModuleType):
+                raise AttributeError("attncomp.explain is read-only")
+
     sys.modules[__name__].__class__ = _Package

@@ -10,9 +10,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("passes", "codegen", "templates")
-# The front door binds the rooms together; everything else directly in attncomp/ is vocabulary.
-FRONT_DOOR = ("attncomp.__main__", "attncomp.backend", "attncomp.cli", "attncomp.explain")
-VOCABULARY = ("expr", "spec", "plan", "variant", "policy", "cost", "hardware", "report", "errors")
+# The vocabulary is what every room may import; `policy` stands for `policy_reader` and the like too. Whatever else lies
+# directly in attncomp/ (backend, cli, explain, ...) is the front door, which binds the rooms together.
+VOCABULARY = (
+    "errors",
+    "expr",
+    "derivative",
+    "evaluate",
+    "polynomial",
+    "spec",
+    "proof",
+    "reference",
+    "plan",
+    "variant",
+    "hardware",
+    "cost",
+    "policy",
+    "report",
+)
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
 
 
@@ -48,8 +63,11 @@ def under(name: str, *packages: str) -> bool:
 
 
 def front_door(name: str) -> bool:
-    """Whether a module is part of the front door: `attncomp.cli`, `attncomp.cli_cache`, `attncomp.backend`, ..."""
-    return any(under(name, door) or name.startswith(f"{door}_") for door in FRONT_DOOR)
+    """Whether a name is in the front door: in the package, but neither in a room nor in the vocabulary."""
+    if under(name, *(f"attncomp.{room}" for room in ROOMS)) or not name.startswith("attncomp."):
+        return False
+    module = name.split(".")[1]
+    return f"attncomp.{module}" in MODULES and module.split("_")[0] not in VOCABULARY
 
 
 def forbidden(module: str, imported: str) -> str | None:
@@ -61,7 +79,7 @@ def forbidden(module: str, imported: str) -> str | None:
     if front_door(module) or module == "attncomp":
         return None
     if front_door(imported):
-        return "the front door is above every other module"
+        return "the front door is above it (if that is new vocabulary, list it in VOCABULARY)"
     if under(module, "attncomp.passes"):
         return "passes never import codegen" if under(imported, "attncomp.codegen", "attncomp.templates") else None
     if under(module, "attncomp.codegen", "attncomp.templates"):
@@ -109,7 +127,7 @@ def test_each_wrong_direction_is_seen(module: str, line: str) -> None:
         ("attncomp.passes.lift", "from attncomp.passes import prove"),
         ("attncomp.codegen.render", "from attncomp.plan import Plan"),
         ("attncomp.backend", "from attncomp.passes import lift\nfrom attncomp.codegen import cache"),
-        ("attncomp.cli_cache", "from attncomp.codegen.cache import Cache"),
+        ("attncomp.cache_cli", "from attncomp.codegen.cache import Cache"),
         ("attncomp.policy", "import os"),
     ],
 )
