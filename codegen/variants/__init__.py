@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH
 from attncomp.variant import Variant
 
-VARIANTS: tuple[Variant, ...] = ()
+VARIANTS: tuple[Variant, ...] = (VENDOR_CPU_FLASH,)

@@ -1,0 +1,116 @@
+"""Masks and biases as tensors, for kernels that take one additive mask instead of a program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from attncomp.evaluate import Grid, evaluate_tensor
+from attncomp.expr import OPS, Axis, Const, Expr, Load, Op, Size, axes_of
+from attncomp.plan import Plan
+from attncomp.spec import AXES, AttentionSpec
+
+
+def integer(e: Expr, symbols: Mapping[str, int]) -> int:
+    """The value of a size expression: Python numbers in, a Python number (or SymInt) out.
+
+    Raises:
+        ValueError: `e` is not a size: it varies with an axis or reads a tensor.
+    """
+    if isinstance(e, Const):
+        return int(e.value)
+    if isinstance(e, Size):
+        return symbols[e.name]
+    if isinstance(e, Op):
+        args = [integer(a, symbols) for a in e.args]
+        if e.name in ("minimum", "maximum"):  # Python's min and max would ask a symbolic size for its value
+            return (torch.sym_min if e.name == "minimum" else torch.sym_max)(*args)  # type: ignore[no-any-return]
+        return OPS[e.name].fold(*args)  # type: ignore[return-value]  # an integer expression folds to an integer
+    raise ValueError(f"not a size: {e}")
+
+
+def extents(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sizes: Sequence[int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(size of each axis, value of each symbol) of this call. Lengths come from the tensors wherever they show them."""
+    spec = plan.spec
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    shown = {"b": (q, 0), "h": (q, 1), "i": (q, 2), "j": (k, 2), "d": (q, 3), "e": (v, 3)}
+    found: dict[str, int] = {}
+    for axis in AXES:
+        tensor, dim = shown[axis]
+        size = spec.size(axis)
+        info = spec.tensors[0 if tensor is q else 1 if tensor is k else 2]
+        found[axis] = tensor.shape[dim] if info.shape[dim] == size else integer(size, symbols)
+    return found, symbols
+
+
+def score_grid(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+) -> Grid:
+    """The whole box (b, h, i, j), without a score."""
+    size, symbols = extents(plan, q, k, v, sizes)
+    named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
+    return Grid({a: (0, size[a]) for a in "bhij"}, named, q.device, symbols, dtype=dtype)
+
+
+def additive_mask(bias: Expr, mask: Expr, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+    """`bias` where `mask` holds, -inf elsewhere: four dimensions (b, h, i, j), size 1 along axes that neither depends on, contiguous.
+
+    Finite values that `dtype` cannot hold become its largest finite ones, so that ``finfo(float32).min`` never turns into -inf.
+    """
+    value = evaluate_tensor(bias, grid)
+    if dtype.itemsize < value.dtype.itemsize:
+        limit = torch.finfo(dtype).max
+        value = torch.where(value.isinf(), value, value.clamp(-limit, limit))
+    value = value.to(dtype)
+    if mask != Const(True):
+        value = torch.where(
+            evaluate_tensor(mask, grid), value, torch.scalar_tensor(-math.inf, dtype=dtype, device=value.device)
+        )
+    return value.contiguous()
+
+
+def mask_axes(*parts: Expr) -> tuple[str, ...]:
+    """The axes of the smallest tensor that holds the expressions."""
+    used = frozenset[str]().union(*(axes_of(e) for e in parts))
+    return tuple(a for a in "bhij" if a in used)
+
+
+def learned_loads(spec: AttentionSpec, *parts: Expr) -> tuple[str, ...]:
+    """Names of the captured tensors that need a gradient and that the expressions read as floats."""
+    from attncomp.expr import loads_of
+
+    learned = {t.name for t in spec.captured if t.requires_grad}
+    return tuple(
+        dict.fromkeys(x.tensor for e in parts for x in loads_of(e) if x.kind == "float" and x.tensor in learned)
+    )
+
+
+def exact_in(e: Expr, dtype: str, spec: AttentionSpec) -> bool:
+    """Whether every value of the float expression `e` survives a cast to `dtype`: stored values and constants do, arithmetic may not."""
+    if isinstance(e, Const):
+        value = float(e.value)
+        kept = torch.tensor(value, dtype=torch.float64).to(getattr(torch, dtype)).item()
+        return kept == value or abs(value) >= torch.finfo(getattr(torch, dtype)).max
+    if isinstance(e, Load):
+        return spec.tensor(e.tensor).dtype == dtype
+    if isinstance(e, Op) and e.name == "where":
+        return exact_in(e.args[1], dtype, spec) and exact_in(e.args[2], dtype, spec)
+    return False
+
+
+def is_causal_end(key_hi: Expr, key_length: Expr) -> bool:
+    """Whether a key range ends at ``i + 1``: what SDPA kernels call causal, counted from the first key."""
+    from attncomp.expr import ONE, add, minimum
+
+    end = add(Axis("i"), ONE)
+    return key_hi in (end, minimum(end, key_length), minimum(key_length, end))
