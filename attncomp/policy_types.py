@@ -126,6 +126,16 @@ class Policy:
             data["cache"] = cache
         return data
 
+    def to_toml(self) -> str:
+        """`to_dict` as a TOML file."""
+        data = self.to_dict()
+        lines = [f"version = {self.version}", "[defaults]", *_toml_lines(data["defaults"])]
+        for rule in data.get("rule", ()):
+            lines += ["[[rule]]", *_toml_lines(rule)]
+        if "cache" in data:
+            lines += ["[cache]", *_toml_lines(data["cache"])]
+        return "\n".join(lines) + "\n"
+
     def canonical(self) -> str:
         """One text for each meaning, for cache keys. The cache's own settings change no result and are not in it."""
         data = self.to_dict()
@@ -144,3 +154,15 @@ def _settings_dict(values: Mapping[str, Any], *, unset: bool = True) -> dict[str
         elif not unset:
             shown[key] = "all"
     return shown
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in values.items()]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        inner = ", ".join(_toml_lines(value))
+        return f"{{ {inner} }}" if inner else "{}"
+    # JSON's strings, numbers and lists of strings are TOML's.
+    return json.dumps(value, ensure_ascii=False)
