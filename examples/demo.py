@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,8 @@ class Row:
     peak_bytes: int
     logits_error: float
     same_tokens: int
-    sites: tuple[dict[str, Any], ...]
+    sites: tuple[dict[str, str], ...]
+    report: str
 
 
 class Progress:
@@ -128,30 +128,10 @@ def measure_all(work: Path, backends: tuple[str | None, ...]) -> list[Row]:
                 progress.say(f"greedy continuation: {demo_model.text_of(gguf, continuation)!r}")
             error, same = compare(logits, reference, continuation)
             first, run, peak = answer["first_s"], answer["run_s"], answer["peak_bytes"]
-            rows.append(Row(attention, backend, first, run, peak, error, same, tuple(answer.get("sites", ()))))
+            sites, report = tuple(answer.get("sites", ())), answer.get("report", "")
+            rows.append(Row(attention, backend, first, run, peak, error, same, sites, report))
             progress.say(f"{label}: {run:.2f} s a call, {peak / 2**20:.0f} MiB, first call {first:.0f} s")
     return rows
-
-
-def print_sites(row: Row) -> None:
-    """The sites of one compiled model, equal ones as one line, with every candidate and why it was not chosen."""
-    told = ("kind", "mask", "verdict", "variant", "family", "exactness", "reason")
-    groups = Counter(tuple(site[name] or "-" for name in told) for site in row.sites)
-    title = f"{ATTENTIONS[row.attention]} attention, backend attncomp: {len(row.sites)} attention sites"
-    table = Table(title=title, title_justify="left")
-    for name in ("sites", *told):
-        table.add_column(name, overflow="fold")
-    for values, count in groups.most_common():
-        table.add_row(str(count), *values)
-    console.print(table)
-    if not row.sites:
-        return
-    site = row.sites[0]
-    console.print(f"first of them: {site['module']} at {site['location']}; its candidates:", markup=False)
-    for candidate in site["candidates"]:
-        chosen = "  <- chosen" if candidate["variant"] == site["variant"] and not candidate["rejection"] else ""
-        verdict = candidate["rejection"] or f"predicted {candidate['predicted_ms']} ms"
-        console.print(f"  {candidate['variant']}: {verdict}{chosen}", markup=False)
 
 
 def print_results(rows: list[Row]) -> None:
@@ -206,7 +186,9 @@ def main() -> int:
     rows = measure_all(args.work.resolve(), (None, *args.backends))
     ours = [row for row in rows if row.backend == "attncomp"]
     for row in ours:
-        print_sites(row)
+        console.rule(f"{ATTENTIONS[row.attention]} attention: what attncomp found, proved and chose", align="left")
+        console.print(row.report, markup=False)
+    console.rule(align="left")
     print_results(rows)
     missed = [text for row in ours for text in failures(row)]
     for text in missed:

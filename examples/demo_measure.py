@@ -74,21 +74,6 @@ def timed(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return value, time.perf_counter() - start
 
 
-def plain(item: object, names: tuple[str, ...]) -> dict[str, Any]:
-    """The named attributes of ``item`` as text, None where there is none."""
-    return {name: None if (value := getattr(item, name)) is None else str(value) for name in names}
-
-
-def sites() -> list[dict[str, Any]]:
-    """Every site of every graph that attncomp compiled in this process, as plain text."""
-    import attncomp
-
-    fields = ("module", "location", "kind", "verdict", "variant", "family", "exactness", "mask", "reason")
-    tried = ("variant", "predicted_ms", "rejection")
-    found = [site for report in attncomp.reports() for site in report.sites]
-    return [{**plain(site, fields), "candidates": [plain(c, tried) for c in site.candidates]} for site in found]
-
-
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Run the model one way. ``request``: attention, backend (or null), ids, model, logits, decode."""
     print("step: loading", flush=True)
@@ -118,7 +103,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         print(f"step: timing {RUNS} calls", flush=True)
         answer["run_s"] = statistics.median(timed(forward)[1] for _ in range(RUNS))
     if request["backend"] == "attncomp":
-        answer["sites"] = sites()
+        import attncomp
+
+        reports = attncomp.reports()
+        answer["report"] = "\n".join(map(str, reports))
+        answer["sites"] = [{"verdict": site.verdict, "mask": site.mask} for report in reports for site in report.sites]
     return answer
 
 

@@ -62,6 +62,7 @@ def row(demo: ModuleType, **changes: Any) -> Any:
         "logits_error": 1e-6,
         "same_tokens": 32,
         "sites": (site,) * 30,
+        "report": "",
     }
     return demo.Row(**(values | changes))
 
