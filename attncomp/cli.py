@@ -19,7 +19,7 @@ from attncomp.errors import AttncompError, CacheUnusableError, PolicyError, Targ
 from attncomp.policy import PRESETS, Policy, check_variants, load_policy
 
 if TYPE_CHECKING:
-    from attncomp.report import Candidate, Report
+    from attncomp.report import Report, SiteReport
 
 
 class _Commands(TyperGroup):
@@ -48,7 +48,9 @@ app.add_typer(policy_app)
 app.add_typer(cache_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every candidate, and tracebacks of your code.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print candidates, proofs, and tracebacks of your code.")
+]
 
 
 def main() -> None:
@@ -184,20 +186,19 @@ def _lists_variants(policy: Policy) -> bool:
 
 
 def _print_report(report: Report, verbose: bool) -> None:
-    if not report.sites:
-        print("No attention was found.")
-    else:
+    if report.sites:
         print_table(
-            ("MODULE", "LOCATION", "KIND", "MASK", "VERDICT", "VARIANT", ">MS", "REASON"),
+            ("MODULE", "LOCATION", "KIND", "MASK", "VERDICT", "VARIANT", ">MS", ">AS WRITTEN", "REASON"),
             (
                 (
-                    site.module or "(root)",
+                    _module(site),
                     site.location,
                     site.kind,
                     site.mask,
                     site.verdict,
                     site.variant or "",
-                    _milliseconds(next((c for c in site.candidates if c.variant == site.variant), None)),
+                    _milliseconds(site.predicted_ms),
+                    _milliseconds(site.as_written_ms),
                     site.reason,
                 )
                 for site in report.sites
@@ -207,19 +208,29 @@ def _print_report(report: Report, verbose: bool) -> None:
         print()
         print_table(
             ("CANDIDATE", ">MS", "REJECTED BECAUSE"),
-            ((c.variant, _milliseconds(c), str(c.rejection or "")) for c in site.candidates),
-            title=f"{site.module or '(root)'} ({site.location})",
+            ((c.variant, _milliseconds(c.predicted_ms), c.rejection or "") for c in site.candidates),
+            title=f"{_module(site)} ({site.location})",
         )
+        for fact in site.facts:
+            print(f"proof: {fact}")
     rewritten = sum(site.verdict == "rewritten" for site in report.sites)
-    print(f"\n{len(report.sites)} sites: {rewritten} rewritten, {len(report.sites) - rewritten} kept.")
+    kept = len(report.sites) - rewritten
+    print(f"\n{rewritten} rewritten, {kept} kept." if report.sites else "No attention was found.")
     for error in _errors(report):
         print(error, file=sys.stderr)
 
 
 def _errors(report: Report) -> list[str]:
-    """Sites that were kept because something of attncomp's failed, not because keeping them is right."""
-    return [f"{site.module or '(root)'}: {site.reason}" for site in report.sites if site.reason.startswith("error")]
+    """What was left as written because something failed, not because leaving it is right."""
+    errors = [f"error: {_module(site)}: {site.reason}" for site in report.sites if site.reason.startswith("error")]
+    if report.fallback is not None:
+        errors.append(f"error: the graph would be left to inductor as it is: {report.fallback}")
+    return errors
 
 
-def _milliseconds(candidate: Candidate | None) -> str:
-    return "" if candidate is None or candidate.predicted_ms is None else f"{candidate.predicted_ms:.3f}"
+def _module(site: SiteReport) -> str:
+    return site.module or "(top level)"
+
+
+def _milliseconds(predicted: float | None) -> str:
+    return "" if predicted is None else f"{predicted:.3f}"

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from attncomp.cli_doctor import Check
 from attncomp.cli_target import load_target
 from attncomp.errors import TargetError
 from attncomp.policy import Policy, load_policy
+from attncomp.report import Candidate, Report, SiteReport
 
 GOOD = "version = 1\n[[rule]]\nmatch = { phase = 'decode' }\nmin_speedup = 2\n"
 BAD = "version = 1\n[defaults]\nmin_speedups = 2\n"
@@ -95,21 +97,25 @@ def model_file(tmp_path: Path) -> Path:
 def analysis(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the analysis, so that these tests are about the command only; records its calls."""
     candidates = (
-        SimpleNamespace(variant="tiled", predicted_ms=0.12345, rejection=None),
-        SimpleNamespace(variant="chunked_linear", predicted_ms=None, rejection="not-linear: the weights are a softmax"),
+        Candidate("tiled", "tiled", "exact", 0.12345, None),
+        Candidate("chunked_linear", "linear", "exact", None, "not-linear: the weights are a softmax"),
     )
-    site = SimpleNamespace(
+    site = SiteReport(
         module="layers.0.attn",
         location="model.py:8",
         kind="softmax",
-        mask="causal",
         verdict="rewritten",
         variant="tiled",
+        family="tiled",
+        exactness="exact",
+        mask="causal",
         reason="predicted 4.0 times as fast",
         candidates=candidates,
+        facts=("j <= i for every key that is read",),
+        predicted_ms=0.12345,
+        as_written_ms=0.5,
     )
-    report = SimpleNamespace(sites=(site,), to_json=lambda: json.dumps({"sites": [{"mask": "causal"}]}))
-    state = SimpleNamespace(report=report, site=site, calls=[])
+    state = SimpleNamespace(report=Report((site,)), site=site, calls=[])
 
     def explain(model: Any, *args: Any, **kwargs: Any) -> Any:
         state.calls.append((model, args, kwargs))
@@ -136,10 +142,30 @@ def test_explain_prints_one_row_a_site(model_file: Path, analysis: SimpleNamespa
     code, out, err = run("explain", f"{model_file}:build")
     assert code == 0
     header, row = out.splitlines()[:2]
-    assert header.split() == ["MODULE", "LOCATION", "KIND", "MASK", "VERDICT", "VARIANT", "MS", "REASON"]
-    assert row.split()[:7] == ["layers.0.attn", "model.py:8", "softmax", "causal", "rewritten", "tiled", "0.123"]
+    assert header.split() == [
+        "MODULE",
+        "LOCATION",
+        "KIND",
+        "MASK",
+        "VERDICT",
+        "VARIANT",
+        "MS",
+        "AS",
+        "WRITTEN",
+        "REASON",
+    ]
+    assert row.split()[:8] == [
+        "layers.0.attn",
+        "model.py:8",
+        "softmax",
+        "causal",
+        "rewritten",
+        "tiled",
+        "0.123",
+        "0.500",
+    ]
     assert "predicted 4.0 times as fast" in row
-    assert "1 sites: 1 rewritten, 0 kept." in out
+    assert "1 rewritten, 0 kept." in out
     assert "chunked_linear" not in out
     assert "noise" not in out
     assert "noise" in err
@@ -158,15 +184,16 @@ def test_explain_verbose_prints_candidates_and_rejections(model_file: Path, anal
     assert code == 0
     assert "layers.0.attn (model.py:8)" in out
     assert "not-linear: the weights are a softmax" in out
+    assert "proof: j <= i for every key that is read" in out
 
 
 def test_explain_json_is_the_report_only(model_file: Path, analysis: SimpleNamespace) -> None:
     code, out, _ = run("explain", f"{model_file}:build", "--json")
-    assert (code, json.loads(out)) == (0, {"sites": [{"mask": "causal"}]})
+    assert (code, json.loads(out)) == (0, json.loads(analysis.report.to_json()))
 
 
 def test_explain_without_attention(model_file: Path, analysis: SimpleNamespace) -> None:
-    analysis.report.sites = ()
+    analysis.report = Report(())
     code, out, _ = run("explain", f"{model_file}:build")
     assert code == 0
     assert "No attention was found." in out
@@ -175,18 +202,29 @@ def test_explain_without_attention(model_file: Path, analysis: SimpleNamespace) 
 def test_explain_ends_with_1_if_a_site_was_kept_because_of_an_error(
     model_file: Path, analysis: SimpleNamespace
 ) -> None:
-    analysis.site.verdict, analysis.site.variant = "kept", None
-    analysis.site.reason = "as written is predicted to be the fastest"
+    site = replace(analysis.site, verdict="kept", variant=None, reason="as written is predicted to be the fastest")
+    analysis.report = Report((site,))
     assert run("explain", f"{model_file}:build")[0] == 0
-    analysis.site.reason = "error: the template could not be rendered"
+    analysis.report = Report((replace(site, reason="error: the template could not be rendered"),))
     code, out, err = run("explain", f"{model_file}:build")
     assert code == 1
     assert "0 rewritten, 1 kept" in out
     assert "layers.0.attn: error: the template could not be rendered" in err
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_explain_ends_with_1_if_the_graph_could_not_be_analysed(
+    model_file: Path, analysis: SimpleNamespace, form: list[str]
+) -> None:
+    analysis.report = Report((), fallback="capture failed")
+    code, out, err = run("explain", f"{model_file}:build", *form)
+    assert code == 1
+    assert ("left to inductor as it is: capture failed" in err) is (not form)
+    assert "capture failed" not in out or json.loads(out)["fallback"] == "capture failed"
+
+
 def test_names_are_printed_as_they_are(model_file: Path, analysis: SimpleNamespace) -> None:
-    analysis.site.module = "layers[0].[bold]attn\x1b[31m"
+    analysis.report = Report((replace(analysis.site, module="layers[0].[bold]attn\x1b[31m"),))
     _, out, _ = run("explain", f"{model_file}:build")
     assert "layers[0].[bold]attn\N{REPLACEMENT CHARACTER}[31m" in out
 
