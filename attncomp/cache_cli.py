@@ -226,7 +226,7 @@ def _remove(cache_dir: Path | None, action: Callable[[KernelCache, bool], Remova
             print(f"Would remove {text}.")
             return
         if plan.removed and not yes:
-            if not sys.stdin.isatty():
+            if not _is_interactive():
                 _fail(EXIT_USAGE, f"this would remove {text}; say --yes, or --dry-run to look")
             if not typer.confirm(f"Remove {text}?"):
                 print("Nothing was removed.")
@@ -237,6 +237,10 @@ def _remove(cache_dir: Path | None, action: Callable[[KernelCache, bool], Remova
         print(f"{item.path}: {reason}", file=sys.stderr)
     if removal.failed:
         raise typer.Exit(EXIT_UNUSABLE)
+
+
+def _is_interactive() -> bool:
+    return sys.stdin.isatty()
 
 
 def _open(cache_dir: Path | None) -> KernelCache:

@@ -9,10 +9,11 @@ import atexit
 import os
 import threading
 
-from attncomp.codegen.cache_entry import Entry, Manifest, toolchain
+from attncomp.codegen.cache_entry import Entry
 from attncomp.codegen.cache_eviction import CacheItem, Removal
 from attncomp.codegen.cache_inventory import EntryInfo, Finding
 from attncomp.codegen.cache_kernels import KernelCache, live_caches
+from attncomp.codegen.cache_manifest import Manifest, toolchain
 from attncomp.codegen.cache_settings import CacheMode
 from attncomp.codegen.cache_stats import CacheCounters
 from attncomp.codegen.digest import canonical_json, digest

@@ -1,91 +1,36 @@
-"""A cache entry: its files, its manifest (the commit record), and the check that the two belong together."""
+"""A cache entry: made of what a build left, and read back only if every byte is what the manifest says."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
-import importlib.metadata
 import json
+import operator
 import os
-import platform
-import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from attncomp import __version__
-from attncomp.codegen.digest import canonical_json, digest_of_text
+from attncomp.codegen.cache_manifest import (
+    MANIFEST,
+    DamagedError,
+    FileRecord,
+    IncompleteError,
+    Manifest,
+    is_payload_name,
+    parse_manifest,
+    toolchain,
+)
+from attncomp.codegen.digest import canonical_json
 
-SCHEMA = 1
-KIND = "kernel"
-MANIFEST = "manifest.json"
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _BY_DESCRIPTOR = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-
-class DamagedError(Exception):
-    """The entry is not what was published: it must not be run."""
-
-
-class IncompleteError(Exception):
-    """The entry has no manifest, so nobody ever said that it is finished."""
-
-
-class UnknownSchemaError(Exception):
-    """The entry was written by another version of attncomp: not ours to run, nor to remove."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """What a payload file must be: its size in bytes and its SHA-256."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """Everything known of an entry. `key_fields` are as canonical JSON has them, and hash to `id`."""
-
-    id: str
-    name: str
-    variant: str
-    key_fields: dict[str, Any]
-    toolchain: dict[str, str | None]
-    built_at: str
-    compile_s: float
-    files: dict[str, FileRecord]
-    metadata: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as it is stored, less its own checksum."""
-        return {
-            "schema": SCHEMA,
-            "kind": KIND,
-            "id": self.id,
-            "name": self.name,
-            "variant": self.variant,
-            "key_fields": self.key_fields,
-            "toolchain": self.toolchain,
-            "built": {"at": self.built_at, "compile_s": self.compile_s},
-            "files": {name: asdict(record) for name, record in self.files.items()},
-            "metadata": self.metadata,
-        }
-
-    def to_bytes(self) -> bytes:
-        """The content of ``manifest.json``: indented for people, with a checksum of itself."""
-        body = self.to_json()
-        return (json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n").encode()
-
-    @property
-    def created(self) -> float:
-        """When the entry was built, in seconds since the epoch."""
-        return datetime.fromisoformat(self.built_at).timestamp()
+_OPEN_FLAGS = ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NONBLOCK")  # non-blocking: a pipe must not hang the reader
+_NO_FOLLOW = functools.reduce(operator.or_, (getattr(os, name, 0) for name in _OPEN_FLAGS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +57,6 @@ class Entry:
     def metadata(self) -> dict[str, Any]:
         """What ``build`` returned, as JSON."""
         return self.manifest.metadata
-
-
-@functools.lru_cache(maxsize=1)
-def toolchain() -> dict[str, str | None]:
-    """Versions of what turns a plan into a kernel; None for what is not installed. Imports none of it."""
-    return {
-        "attncomp": __version__,
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-    }
 
 
 def collect_entry(
@@ -198,9 +132,20 @@ class EntryDirectory:
         return sorted(os.listdir(self.path if self.descriptor is None else self.descriptor))
 
     def open(self, name: str) -> int:
-        if self.descriptor is None:
-            return os.open(self.path / name, os.O_RDONLY | _NO_FOLLOW)
-        return os.open(name, os.O_RDONLY | _NO_FOLLOW, dir_fd=self.descriptor)
+        """A descriptor of a regular file. Raises DamagedError for anything else, and OSError."""
+        try:
+            if self.descriptor is None:
+                descriptor = os.open(self.path / name, os.O_RDONLY | _NO_FOLLOW)
+            else:
+                descriptor = os.open(name, os.O_RDONLY | _NO_FOLLOW, dir_fd=self.descriptor)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR):
+                raise DamagedError(f"{name} is not a regular file") from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DamagedError(f"{name} is not a regular file")
+        return descriptor
 
     def size(self, name: str) -> int:
         descriptor = self.open(name)
@@ -254,57 +199,12 @@ class EntryDirectory:
                 raise DamagedError(f"{name} has {size} bytes, expected {record.size}")
 
 
-def parse_manifest(data: bytes, entry_id: str) -> Manifest:
-    """Raises UnknownSchemaError or DamagedError unless ``data`` is an undamaged manifest of ``entry_id``."""
-    try:
-        body = json.loads(data)
-        if not isinstance(body, dict):
-            raise TypeError("not an object")
-        if body.get("schema") != SCHEMA or body.get("kind") != KIND:
-            raise UnknownSchemaError(f"schema {body.get('schema')!r}, kind {body.get('kind')!r}")
-        if body.pop("sha256") != _checksum(body):
-            raise DamagedError(f"{MANIFEST} does not match its own checksum")
-        manifest = Manifest(
-            id=body["id"],
-            name=body["name"],
-            variant=body["variant"],
-            key_fields=body["key_fields"],
-            toolchain=body["toolchain"],
-            built_at=body["built"]["at"],
-            compile_s=float(body["built"]["compile_s"]),
-            files={name: FileRecord(int(item["size"]), item["sha256"]) for name, item in body["files"].items()},
-            metadata=body["metadata"],
-        )
-        datetime.fromisoformat(manifest.built_at)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} can't be read: {error}") from None
-    hashed = json.dumps(manifest.key_fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    if manifest.id != entry_id or digest_of_text(KIND, hashed) != entry_id:
-        raise DamagedError(f"{MANIFEST} belongs to another entry")
-    for name in manifest.files:
-        if not _FILE_NAME.match(name) or name == MANIFEST:
-            raise DamagedError(f"{MANIFEST} names an impossible file {name!r}")
-    return manifest
-
-
-def _checksum(body: Mapping[str, object]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return digest_of_text("manifest", text)
-
-
 def _payload(path: Path) -> bytes:
     if path.is_symlink() or not path.is_file():
         raise ValueError(f"a build may leave only regular files, not {path.name!r}")
-    if not _FILE_NAME.match(path.name) or path.name == MANIFEST:
+    if not is_payload_name(path.name):
         raise ValueError(f"a build may not leave a file named {path.name!r}")
     data = path.read_bytes()
     if not data:
         raise ValueError(f"the build left {path.name!r} empty")
     return data
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from attncomp.codegen.cache_entry import MANIFEST
 from attncomp.codegen.cache_lock import LockOutcome, file_lock, lock_directory
+from attncomp.codegen.cache_manifest import MANIFEST
 from attncomp.codegen.cache_store import CacheStore, tree_size
 
 MAX_ITEMS = 20_000

@@ -8,15 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from attncomp.codegen.cache_entry import (
-    MANIFEST,
-    DamagedError,
-    Entry,
-    EntryDirectory,
-    IncompleteError,
-    UnknownSchemaError,
-)
+from attncomp.codegen.cache_entry import Entry, EntryDirectory
 from attncomp.codegen.cache_eviction import CacheItem, Removal, cache_items, choose_victims, remove_items
+from attncomp.codegen.cache_manifest import MANIFEST, DamagedError, IncompleteError, UnknownSchemaError
 from attncomp.codegen.cache_plans import read_plan
 from attncomp.codegen.cache_store import CacheStore, MissReason
 

@@ -18,10 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from attncomp.codegen.cache_disk import DiskTier, log
-from attncomp.codegen.cache_entry import KIND, Entry, collect_entry
+from attncomp.codegen.cache_entry import Entry, collect_entry
 from attncomp.codegen.cache_eviction import Removal
 from attncomp.codegen.cache_inventory import CacheInventory, EntryInfo, Finding
 from attncomp.codegen.cache_lock import LockOutcome
+from attncomp.codegen.cache_manifest import KIND
 from attncomp.codegen.cache_modules import run_module
 from attncomp.codegen.cache_settings import CacheMode, resolve_settings
 from attncomp.codegen.cache_stats import CacheCounters, total_stats
@@ -165,6 +166,7 @@ class KernelCache:
             )
 
         counters = self.disk.counters
+        private: Path | None = None
         try:
             entry = None
             if staging is not None:
@@ -175,8 +177,8 @@ class KernelCache:
                         raise
                     self.disk.failed("write", error)
             if entry is None:
-                with tempfile.TemporaryDirectory(prefix="attncomp-", ignore_cleanup_errors=True) as directory:
-                    entry = run(Path(directory))
+                private = Path(tempfile.mkdtemp(prefix="attncomp-"))
+                entry = run(private)
             seconds = entry.manifest.compile_s
             counters.builds += 1
             counters.build_s += seconds
@@ -189,8 +191,9 @@ class KernelCache:
             counters.build_errors += 1
             raise
         finally:
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
+            for directory in (staging, private):
+                if directory is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 

@@ -28,14 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from attncomp.codegen.cache_entry import (
-    MANIFEST,
-    DamagedError,
-    Entry,
-    EntryDirectory,
-    IncompleteError,
-    UnknownSchemaError,
-)
+from attncomp.codegen.cache_entry import Entry, EntryDirectory
+from attncomp.codegen.cache_manifest import MANIFEST, DamagedError, IncompleteError, UnknownSchemaError
 from attncomp.codegen.cache_settings import directory_problem
 from attncomp.codegen.digest import is_digest
 
