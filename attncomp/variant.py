@@ -103,7 +103,7 @@ class KernelVariant(Variant, Protocol):
         sizes: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse): out (B, H, Tq, E) with memory order (B, Tq, H, E); lse (B, H, Tq) float32, natural log of the row's sum
-        of exponentials (for linear kinds: an empty tensor of shape (0,))."""
+        of exponentials. For the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of shape (0,)."""
         ...
 
     def backward(

@@ -95,7 +95,7 @@ def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     plan, _ = resolve(digest)
-    lse_shape = (batch, heads, length) if plan.spec.kind == "softmax" else (0,)
+    lse_shape = (0,) if plan.spec.normaliser.kind == "none" else (batch, heads, length)
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
@@ -126,12 +126,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captured = ctx.saved_tensors
     plan, _ = resolve(ctx.digest)
+    no_sizes = None if ctx.sizes else []  # torch takes an empty list for a list of tensors, and wants a list back
     if grad_out is None:
-        return None, None, None, [None] * len(captured), None, None
+        return None, None, None, [None] * len(captured), no_sizes, None
     grads = torch.ops.attncomp.attention_backward(grad_out, out, lse, q, k, v, captured, ctx.sizes, ctx.digest)
     learned = iter(grads[3:])
     of_captured = [next(learned) if info.requires_grad else None for info in plan.spec.captured]
-    return grads[0], grads[1], grads[2], of_captured, None, None
+    return grads[0], grads[1], grads[2], of_captured, no_sizes, None
 
 
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
