@@ -1,0 +1,171 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="attncomp")``.
+
+The graph from Dynamo is captured, its attention rewritten, and the rest handed to inductor (or run eagerly). Whatever can't be
+captured goes to inductor whole. Inductor's own attention matcher, which is unsound on some graphs, is kept off every graph that
+passes here, by a configuration that is scoped to the compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from attncomp.errors import OptionsError
+from attncomp.passes.rewrite import Rewritten, rewrite
+from attncomp.policy import Policy, check_variants, load_policy
+from attncomp.report import record
+
+OWN_OPTIONS = ("policy", "executor", "verify")
+EXECUTORS = ("inductor", "eager")
+
+_policies: dict[str, Policy] = {}
+_warned: set[str] = set()
+
+
+def attncomp(
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph; called by ``torch.compile(..., backend="attncomp")``.
+
+    Args:
+        graph: Dynamo's graph. example_inputs: its fake inputs.
+        mode: as for inductor: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``.
+        options: ``policy`` (path, preset or dict), ``executor`` (``inductor`` or ``eager``), ``verify`` (also compare every rewritten
+            site with the original on random inputs while compiling); every other key goes to inductor's configuration.
+
+    Raises:
+        OptionsError, PolicyError: the user's options or policy are wrong.
+    """
+    own, inductor_options = _split_options(options or {})
+    result = run_passes(graph, example_inputs, own.get("policy"), check_values=bool(own.get("verify", False)))
+    record(result.report)
+    target, lifted = graph, ()
+    if result.captured is None:
+        _warn_once(result.report.fallback or "")
+    elif any(s.verdict == "rewritten" for s in result.report.sites):
+        target, lifted = result.captured.graph, result.captured.lifted
+    inputs = [*lifted, *example_inputs]
+    if own.get("executor", "inductor") == "eager":
+        compiled: Callable[..., Any] = target.forward
+    else:
+        compiled = _inductor(target, inputs, mode, inductor_options)
+    if not lifted:
+        return compiled
+    return lambda *args: compiled(*lifted, *args)
+
+
+def run_passes(
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Any,
+    *,
+    check_values: bool = False,
+    apply: bool = True,
+) -> Rewritten:
+    """Every pass over one Dynamo graph, with the installed variants."""
+    from attncomp.codegen.cache import configure_default_cache
+    from attncomp.codegen.fingerprint import sources_fingerprint
+    from attncomp.codegen.variants import VARIANTS
+
+    loaded = load_policy(policy)
+    check_variants(loaded, [v.name for v in VARIANTS])
+    if loaded.cache.dir is not None or loaded.cache.max_size is not None:
+        configure_default_cache(loaded.cache.dir, loaded.cache.max_size)
+    fingerprint = sources_fingerprint()
+    return rewrite(
+        graph,
+        example_inputs,
+        policy=loaded,
+        variants=VARIANTS,
+        fingerprints={v.name: fingerprint for v in VARIANTS},
+        check_values=check_values,
+        apply=apply,
+    )
+
+
+def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    import difflib
+
+    import torch._inductor.config as inductor_config
+
+    own = {k: v for k, v in options.items() if k in OWN_OPTIONS}
+    rest = {k.replace("-", "_"): v for k, v in options.items() if k not in OWN_OPTIONS}
+    known = inductor_config.get_config_copy()
+    for key in rest:
+        if key not in known:
+            near = difflib.get_close_matches(key, [*OWN_OPTIONS, *known], n=1)
+            hint = f'Did you mean "{near[0]}"' if near else f"attncomp's own are {', '.join(OWN_OPTIONS)}; all others are inductor's"
+            raise OptionsError(f'unknown option "{key}"', where="torch.compile options", fix=hint)
+    executor = own.get("executor", "inductor")
+    if executor not in EXECUTORS:
+        raise OptionsError(
+            f'"executor" is {executor!r}', where="torch.compile options", fix=f"Use one of {', '.join(EXECUTORS)}"
+        )
+    return own, rest
+
+
+def inductor_guard() -> dict[str, Any]:
+    """Inductor settings that keep its attention matcher off a graph: the pass that holds its patterns is switched off by name.
+
+    The setting is part of inductor's cache keys and holds for one compilation only; nothing changes for other users of inductor.
+    """
+    import torch._inductor.config as inductor_config
+
+    if hasattr(inductor_config, "disabled_passes"):
+        already = inductor_config.disabled_passes
+        return {"disabled_passes": f"{already},PASS_PATTERN_0" if already else "PASS_PATTERN_0"}
+    return {"pattern_matcher": False}
+
+
+def _inductor(
+    graph: GraphModule, inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = inductor_guard()
+    if mode is not None and mode != "default":
+        patches |= list_mode_options(mode)
+    disabled = [p["disabled_passes"] for p in (patches, options) if p.get("disabled_passes")]
+    patches |= dict(options)
+    if disabled:
+        patches["disabled_passes"] = ",".join(dict.fromkeys(disabled))
+    compiled: Callable[..., Any] = compile_fx(graph, list(inputs), config_patches=patches)
+    return compiled
+
+
+def _warn_once(reason: str) -> None:
+    code = reason.split(":")[0]
+    if code in _warned:
+        return
+    _warned.add(code)
+    warnings.warn(
+        f"attncomp left a graph to inductor as it is ({reason}). The model runs and is right; its attention is not rewritten. "
+        "attncomp.reports() has the details.",
+        stacklevel=2,
+    )
+
+
+@contextlib.contextmanager
+def forget_warnings() -> Any:
+    """Let every fallback warn again inside the block (for tests)."""
+    saved = set(_warned)
+    _warned.clear()
+    try:
+        yield
+    finally:
+        _warned.clear()
+        _warned.update(saved)
+
+
+attncomp.get_compiler_config = lambda: torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]

@@ -1,0 +1,134 @@
+"""Capture: a Dynamo graph as functional, pre-dispatch ATen, with mutations written back and autograd intact.
+
+Pre-dispatch means one spelling for every operation (``matmul``, ``softmax.int``, ``scaled_dot_product_attention`` stay whole), before
+autograd and decompositions. Functional means that a value never changes after it is made; what the user's code mutates comes out as
+extra values, which are copied back into the inputs at the end.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch.fx import GraphModule, Node
+
+from attncomp.passes.indexing import name_of, value_of
+from attncomp.variant import Rejection
+
+_VIEW_NAMES = frozenset(
+    "alias view _unsafe_view reshape transpose t mT permute unsqueeze squeeze expand slice select narrow detach unflatten flatten".split()
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional graph that takes `lifted` tensors (parameters and buffers that the Dynamo graph held) before the user's inputs."""
+
+    graph: GraphModule
+    lifted: tuple[torch.Tensor, ...]
+
+
+def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Rejection:
+    """Trace to functional pre-dispatch ATen, or say why that can't be done (the graph then goes on untouched)."""
+    reason = _unsupported(dynamo_graph)
+    if reason is not None:
+        return reason
+    grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
+    try:
+        graph, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
+    except Exception as error:  # any failure of torch's tracer means the same: not ours to change
+        return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
+    named = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(dynamo_graph.named_buffers(remove_duplicate=False))
+    lifted = tuple(named[name] for name in (*signature.parameters, *signature.buffers))
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(lifted) + len(inputs):
+        return Rejection("capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones")
+    targets = dict(signature.user_inputs_to_mutate)
+    buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
+    targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
+    problem = _write_back(graph, targets)
+    if problem is not None:
+        return problem
+    for node in list(graph.graph.nodes):
+        if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
+            graph.graph.erase_node(node)
+    _mark_gradients(graph, [*(isinstance(t, torch.nn.Parameter) and t.requires_grad for t in lifted), *grad_inputs])
+    graph.graph.lint()
+    graph.recompile()
+    return Captured(graph, lifted)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else ""
+
+
+def _unsupported(graph: GraphModule) -> Rejection | None:
+    for module in graph.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target in (torch.amp.autocast_mode._enter_autocast,):
+                return Rejection("autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run")
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                return Rejection("higher-order-op", f"the graph contains the higher-order operator {node.target.name()}")
+    return None
+
+
+def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None:
+    """Replace the leading extra outputs by copies into the inputs; outputs that were views of a mutated input view it again."""
+    output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
+    results = list(output.args[0])
+    extra, results = results[: len(targets)], results[len(targets) :]
+    if not targets:
+        return None
+    by_name = {n.name: n for n in graph.graph.nodes}
+    fresh: dict[Node, Node] = {}
+    with graph.graph.inserting_before(output):
+        for value in extra:
+            if not isinstance(value, Node) or value.name not in targets or targets[value.name] not in by_name:
+                return Rejection("mutation-unclear", f"the tracer returned the unknown mutation {value}")
+            place = by_name[targets[value.name]]
+            graph.graph.call_function(torch.ops.aten.copy_.default, (place, value)).meta["val"] = value_of(place)
+            fresh[value] = place
+
+        def again(node: Node) -> Node | None:
+            """The same view, of the input after the copy; None if `node` does not view a mutated value."""
+            if node in fresh:
+                return fresh[node]
+            if name_of(node) not in _VIEW_NAMES or not node.args or not isinstance(node.args[0], Node):
+                return None
+            base = again(node.args[0])
+            if base is None:
+                return None
+            new = graph.graph.call_function(node.target, (base, *node.args[1:]), dict(node.kwargs))
+            new.meta = dict(node.meta)
+            fresh[node] = new
+            return new
+
+        results = [(again(r) or r) if isinstance(r, Node) else r for r in results]
+    output.args = (tuple(results),)
+    return None
+
+
+def _mark_gradients(graph: GraphModule, inputs: Sequence[bool]) -> None:
+    """Set ``meta["attncomp_grad"]`` on every node whose tensor a gradient flows into."""
+    flags = iter(inputs)
+    enabled = torch.is_grad_enabled()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["attncomp_grad"] = next(flags, False) and enabled
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            continue
+        value = value_of(node)
+        floating = isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
+        if isinstance(value, tuple | list) or node.target is operator.getitem:
+            floating = True
+        flows = any(a.meta.get("attncomp_grad", False) for a in node.all_input_nodes)
+        node.meta["attncomp_grad"] = bool(enabled and floating and flows and name_of(node) != "detach")

@@ -1,0 +1,244 @@
+"""Lowering: one site's nodes are replaced by what its variant builds, traced into the graph under the graph's own fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attncomp.expr import ONE, Const
+from attncomp.passes.indexing import name_of, value_of
+from attncomp.passes.site import Layout, Operand, Site
+from attncomp.passes.symbols import NotAnInteger, from_symint
+from attncomp.plan import Plan
+from attncomp.variant import Rejection, Variant
+
+
+def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node | Rejection:
+    """Insert the variant's computation before the site's output, and let it take the output's place.
+
+    The old nodes are left for dead-code elimination, so that a failing verification can undo the change. Returns the new node.
+    """
+    symbols = _symbol_nodes(graph, site, plan)
+    if isinstance(symbols, Rejection):
+        return symbols
+    nodes = [site.q.node, site.k.node, site.v.node, *site.captured, *symbols]
+
+    def compute(*args: Any) -> torch.Tensor:
+        q, k, v = args[:3]
+        captured = args[3 : 3 + len(site.captured)]
+        sizes = args[3 + len(site.captured) :]
+        return _restore(
+            variant.build(plan, _query(q, site), _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes), q, k, v, site
+        )
+
+    values = [value_of(n) for n in nodes]
+    fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
+    if fake_mode is None:
+        return Rejection("no-fake-tensors", "the captured graph carries no fake tensors")
+    with fake_mode, torch.enable_grad():
+        traced = make_fx(compute, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    with graph.graph.inserting_before(site.output):
+        copies: dict[Node, Any] = dict(
+            zip((n for n in traced.graph.nodes if n.op == "placeholder"), nodes, strict=True)
+        )
+        result: Node | None = None
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                value = node.args[0]
+                value = value[0] if isinstance(value, list | tuple) else value
+                result = copies[value]
+                continue
+            if node.op == "get_attr":
+                name = f"_attncomp_{len(graph.graph.nodes)}"
+                setattr(graph, name, getattr(traced, str(node.target)))
+                new = graph.graph.get_attr(name)
+                new.meta = dict(node.meta)
+            else:
+                new = graph.graph.node_copy(node, lambda n: copies[n])
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in site.output.meta:
+                    new.meta[key] = site.output.meta[key]
+            new.meta["attncomp_grad"] = site.output.meta.get("attncomp_grad", False)
+            copies[node] = new
+    assert result is not None
+    return result
+
+
+def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Rejection:
+    """A graph node for each run-time size that the plan's expressions use (named before the plan was made canonical)."""
+    wanted = list(site.spec.symbols)
+    found: dict[str, Node] = {}
+    for node in graph.graph.nodes:
+        if node is site.output:
+            break
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            try:
+                name = str(from_symint(value))
+            except NotAnInteger:
+                continue
+            if name in wanted:
+                found.setdefault(name, node)
+    for name in wanted:
+        if name in found:
+            continue
+        made = _from_shape(graph, site, name)
+        if made is None:
+            return Rejection("size-not-found", f"no tensor before the site has the run-time size {name}")
+        found[name] = made
+    return [found[name] for name in wanted]
+
+
+def _from_shape(graph: GraphModule, site: Site, name: str) -> Node | None:
+    for node in graph.graph.nodes:
+        if node is site.output:
+            return None
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and str(size) == name:
+                with graph.graph.inserting_after(node):
+                    new = graph.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                new.meta["val"] = size
+                return new
+    return None
+
+
+def _arranged(t: torch.Tensor, dims: Sequence[int | None]) -> torch.Tensor:
+    """Dimensions in the order of `dims`; unused ones (of size 1) dropped, missing ones added with size 1."""
+    used = [d for d in dims if d is not None]
+    for d in reversed(range(t.dim())):
+        if d not in used:
+            t = t.select(d, 0)
+    kept = sorted(used)
+    t = t.permute([kept.index(d) for d in used])
+    for position, d in enumerate(dims):
+        if d is None:
+            t = t.unsqueeze(position)
+    return t
+
+
+def _lengths(layout: Layout, q: torch.Tensor) -> list[Any]:
+    """The run-time size of every batch axis, read off a tensor that has it."""
+    return [int(s.value) if isinstance(s, Const) else None for s in layout.sizes]
+
+
+def _batch_sizes(site: Site, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    sizes = _lengths(site.layout, tensors["q"])
+    for operand, t in ((site.q, tensors["q"]), (site.k, tensors["k"]), (site.v, tensors["v"])):
+        for n in range(len(sizes)):
+            d = operand.dims[n]
+            if sizes[n] is None and d is not None:
+                sizes[n] = t.shape[d]
+    return sizes
+
+
+def _query(q: torch.Tensor, site: Site) -> torch.Tensor:
+    t = _arranged(q, site.q.dims)
+    sizes = site.layout.sizes
+    full = [int(s.value) if isinstance(s, Const) else -1 for s in sizes]
+    t = t.expand([*full, -1, -1])
+    return _merge(t, site.layout)
+
+
+def _keyed(x: torch.Tensor, site: Site, operand: Operand) -> torch.Tensor:
+    """Keys and values as (B, Hk, T, width): batch axes expanded, head axes as they are unless the spec has all heads."""
+    t = _arranged(x, operand.dims)
+    layout = site.layout
+    n = len(layout.sizes)
+    heads_full = site.spec.tensor("k").shape[1] == site.spec.size("h")
+    full: list[int] = []
+    for position, s in enumerate(layout.sizes):
+        outer = position < layout.outer
+        full.append(int(s.value) if isinstance(s, Const) and (outer or heads_full) else -1)
+    grouped = [p for p in range(layout.outer, n) if operand.dims[p] is not None]
+    if site.spec.tensor("k").shape[1] not in (site.spec.size("h"), ONE) and len(grouped) == n - layout.outer:
+        full = [f if p < layout.outer else -1 for p, f in enumerate(full)]  # the head axis itself is shorter: h // g
+    t = t.expand([*full, -1, -1])
+    return _merge(t, layout)
+
+
+def _merge(t: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(batch axes..., rows, width) to (b, h, rows, width)."""
+    n = len(layout.sizes)
+    shape = list(t.shape)
+    if n == 2 and layout.outer == 1:
+        return t
+    b: Any = 1
+    for s in shape[: layout.outer]:
+        b = b * s
+    h: Any = 1
+    for s in shape[layout.outer : n]:
+        h = h * s
+    return t.reshape(b, h, shape[n], shape[n + 1])
+
+
+def _restore(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> torch.Tensor:
+    """(b, h, i, e) to the shape of the site's output."""
+    layout = site.layout
+    n = len(layout.sizes)
+    if not (n == 2 and layout.outer == 1):
+        sizes = _batch_sizes(site, {"q": q, "k": k, "v": v})
+        out = out.reshape(*sizes, out.shape[2], out.shape[3])
+    flat = [a for group in layout.order for a in group]
+    missing = [a for a in range(n + 2) if a not in flat]
+    out = out.permute([*flat, *missing])
+    shape: list[Any] = []
+    position = 0
+    for group in layout.order:
+        size: Any = 1
+        for _ in group:
+            size = size * out.shape[position]
+            position += 1
+        shape.append(size)
+    return out if all(len(g) == 1 for g in layout.order) and not missing else out.reshape(shape)
+
+
+def replace(graph: GraphModule, old: Node, new: Node) -> None:
+    """Let `new` take the place of `old` everywhere after it; views that relied on the old strides become reshapes."""
+    same_strides = value_of(old).stride() == value_of(new).stride()
+    if not same_strides:
+        chain = _strided_users(old)
+        if chain is None:
+            with graph.graph.inserting_after(new):
+                fixed = graph.graph.call_function(torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+            fixed.meta = dict(new.meta)
+            fixed.meta["val"] = value_of(old)
+            new = fixed
+        else:
+            for node in chain:
+                if name_of(node) in ("view", "_unsafe_view"):
+                    node.target = torch.ops.aten.reshape.default
+                elif name_of(node) == "clone":
+                    node.target = torch.ops.aten.contiguous.default
+                    node.kwargs = {}
+    old.replace_all_uses_with(new)
+
+
+_ANY_STRIDES = frozenset(("linear", "matmul", "mul", "add", "sub", "div", "gelu", "silu", "relu", "dropout", "layer_norm", "bmm", "addmm"))
+
+
+def _strided_users(node: Node) -> list[Node] | None:
+    """The views and contiguous copies below `node` up to operations that take any strides; None if something else follows."""
+    chain: list[Node] = []
+    queue = [node]
+    while queue:
+        for user in queue.pop().users:
+            name = name_of(user)
+            if name in ("transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "contiguous") or (
+                name == "clone" and user.kwargs.get("memory_format") is torch.contiguous_format
+            ):
+                if user not in chain:
+                    chain.append(user)
+                    queue.append(user)
+            elif name not in _ANY_STRIDES:
+                return None
+    return chain

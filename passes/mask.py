@@ -1,0 +1,98 @@
+"""Splitting a score program into values and a mask: ``softmax(where(M, x, -inf))`` says M, in whichever way it is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Sum, add, and_, contains, not_, op, walk
+
+NEGLIGIBLE = -1e9
+"""A float32 score at or below this is a masked one: no score of a real model comes near it, and exp of the difference is zero."""
+
+_HALF_MINIMUM = -65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """A program as values under a mask. finite: some masked value is finite (finfo.min), so a fully masked row is uniform, not NaN."""
+
+    program: Expr
+    mask: Expr
+    finite: bool
+
+
+def _fills(e: Expr, half: bool) -> bool:
+    return isinstance(e, Const) and e.kind == "float" and (e.value <= NEGLIGIBLE or (half and e.value == _HALF_MINIMUM))
+
+
+def split_mask(program: Expr, half: bool = False) -> Masked:
+    """Take the masks out of an additive program (softmax scores). half: scores are float16, whose minimum is -65504."""
+    if isinstance(program, Op) and program.name == "where":
+        c, x, y = program.args
+        if not contains(c, Score):
+            for kept, fill, mask in ((x, y, c), (y, x, not_(c))):
+                if _fills(fill, half) and isinstance(fill, Const):
+                    inner = split_mask(kept, half)
+                    return Masked(inner.program, and_(inner.mask, mask), inner.finite or math.isfinite(fill.value))
+    if isinstance(program, Op) and program.name == "add":
+        left, right = (split_mask(a, half) if _is_additive(a) else Masked(a, TRUE, False) for a in program.args)
+        if left.mask != TRUE or right.mask != TRUE:
+            return Masked(add(left.program, right.program), and_(left.mask, right.mask), left.finite or right.finite)
+    return Masked(program, TRUE, False)
+
+
+def _is_additive(e: Expr) -> bool:
+    return isinstance(e, Op) and e.name in ("add", "where")
+
+
+def split_zeros(program: Expr) -> tuple[Expr, Expr]:
+    """(values, mask) of a multiplicative program: ``where(M, x, 0)`` and ``x * M`` are x under the mask M."""
+    if isinstance(program, Op) and program.name == "where":
+        c, x, y = program.args
+        if not contains(c, Score):
+            for kept, fill, mask in ((x, y, c), (y, x, not_(c))):
+                if isinstance(fill, Const) and fill.value == 0:
+                    values, inner = split_zeros(kept)
+                    return values, and_(inner, mask)
+    if isinstance(program, Op) and program.name == "mul":
+        (x, m), (y, n) = (split_zeros(a) for a in program.args)
+        if m != TRUE or n != TRUE:
+            return op("mul", x, y), and_(m, n)
+    return program, TRUE
+
+
+def may_be_minus_infinity(program: Expr) -> bool:
+    """Whether values, and so whole rows, may be -inf: an infinite constant, or a captured float that is added."""
+    for node in walk(program):
+        if isinstance(node, Const) and node.kind == "float" and node.value == -math.inf:
+            return True
+        if isinstance(node, Op) and node.name in ("log", "log2", "div", "reciprocal"):
+            return True
+    return any(isinstance(a, Load) and a.of == "float" for a in _addends(program))
+
+
+def _addends(e: Expr) -> list[Expr]:
+    if isinstance(e, Op) and e.name in ("add", "sub"):
+        return _addends(e.args[0]) + _addends(e.args[1])
+    if isinstance(e, Op) and e.name == "where":
+        return _addends(e.args[1]) + _addends(e.args[2])
+    if isinstance(e, Op) and e.name in ("mul", "neg") and not contains(e, Score):
+        return [x for a in e.args for x in _addends(a)]
+    return [e]
+
+
+def row_normaliser(weight: Expr, sum_axis: str = "j") -> tuple[Expr, float] | None:
+    """If `weight` is ``x / (sum_j x + eps)``: (x, eps); else None."""
+    from attncomp.expr import Axis, substitute
+
+    if not (isinstance(weight, Op) and weight.name == "div"):
+        return None
+    numerator, denominator = weight.args
+    eps = 0.0
+    if isinstance(denominator, Op) and denominator.name == "add" and isinstance(denominator.args[1], Const):
+        denominator, eps = denominator.args[0], float(denominator.args[1].value)
+    if not isinstance(denominator, Sum):
+        return None
+    body = substitute(denominator.body, {Axis(denominator.axis): Axis(sum_axis)})
+    return (numerator, eps) if body == numerator else None

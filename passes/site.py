@@ -1,0 +1,100 @@
+"""Site: one attention found in a graph: its spec and how the spec's tensors are made from graph nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from attncomp.expr import Expr
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec
+from attncomp.variant import Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """q, k or v: a graph node and the source dimension of each batch axis, the row and the width (None: missing, size 1)."""
+
+    node: Node
+    dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The batch axes of a site and how they form the spec's b and h.
+
+    sizes: of every batch axis, in order. outer: how many leading axes form b; the rest form h.
+    order: for each output dimension, the positions in (batch axes..., i, e) of the axes it holds (several: merged).
+    """
+
+    sizes: tuple[Expr, ...]
+    outer: int
+    order: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An attention in a graph.
+
+    output: the node whose value the attention is. anchor: the node it was found by (softmax, SDPA call, masked product).
+    raw: the spec; its captured tensors are `captured` graph nodes in order. module, location: where in the user's code.
+    """
+
+    kind: str
+    anchor: Node
+    output: Node
+    spec: AttentionSpec
+    proof: MaskProof
+    layout: Layout
+    q: Operand
+    k: Operand
+    v: Operand
+    captured: tuple[Node, ...]
+    module: str
+    location: str
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """An anchor that was left as the user wrote it, with the reason."""
+
+    kind: str
+    anchor: Node
+    reason: Rejection
+    module: str
+    location: str
+
+
+def module_of(node: Node) -> str:
+    """The dotted path of the innermost module that a node came from; empty at top level."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    for quoted in ("['", '["'):
+        path = path.replace(quoted, ".")
+    path = path.replace("']", "").replace('"]', "").replace("[", ".").replace("]", "")
+    parts = [p for p in path.split(".") if p not in ("L", "self", "_orig_mod", "_modules", "G", "fn", "")]
+    return ".".join(parts)
+
+
+def location_of(node: Node) -> str:
+    """``file:line`` of the user's code that a node came from; empty if unknown."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    for line in reversed(str(trace).splitlines()):
+        line = line.strip()
+        if line.startswith('File "') and '", line ' in line:
+            path, rest = line[6:].split('", line ', 1)
+            return f"{path}:{rest.split(',')[0]}"
+    return ""
+
+
+def tensor_of(node: Node) -> torch.Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value

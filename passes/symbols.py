@@ -1,0 +1,63 @@
+"""Symbolic sizes of torch (sympy inside SymInt) as index expressions, and back to a likely value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from attncomp.expr import Const, Expr, Size, add, floordiv, maximum, minimum, mod, mul
+
+
+class NotAnInteger(Exception):
+    """A size or index has no form in the expression language (internal: the reader captures the tensor instead)."""
+
+
+def from_symint(value: Any) -> Expr:
+    """An int or SymInt as an expression over `Size` symbols; adds no guard."""
+    if isinstance(value, bool):
+        return Const(int(value))
+    if isinstance(value, int):
+        return Const(value)
+    if isinstance(value, torch.SymInt):
+        return _from_sympy(value.node.expr)
+    raise NotAnInteger(f"{value!r} is no integer")
+
+
+def _from_sympy(e: Any) -> Expr:
+    if e.is_Integer:
+        return Const(int(e))
+    if e.is_Symbol:
+        return Size(str(e))
+    args = [_from_sympy(a) for a in e.args] if not isinstance(e, sympy.Pow) else []
+    name = type(e).__name__
+    if isinstance(e, sympy.Add | sympy.Mul):
+        join = add if isinstance(e, sympy.Add) else mul
+        result = args[0]
+        for a in args[1:]:
+            result = join(result, a)
+        return result
+    if isinstance(e, sympy.Pow) and e.exp.is_Integer and int(e.exp) > 0:
+        base = _from_sympy(e.base)
+        result = base
+        for _ in range(int(e.exp) - 1):
+            result = mul(result, base)
+        return result
+    if name in ("FloorDiv", "CleanDiv", "PythonMod", "Mod") and len(args) == 2:
+        return floordiv(*args) if name in ("FloorDiv", "CleanDiv") else mod(*args)
+    if name in ("Max", "Min") and args:
+        join = maximum if name == "Max" else minimum
+        result = args[0]
+        for a in args[1:]:
+            result = join(result, a)
+        return result
+    raise NotAnInteger(f"no index expression for the size {e}")
+
+
+def hint(value: Any) -> int:
+    """The value that a size had when it was traced; adds no guard."""
+    if isinstance(value, int):
+        return value
+    known = value.node.hint
+    return 1 if known is None else int(known)
