@@ -13,22 +13,24 @@ from attncomp.plan import Plan
 from attncomp.spec import AXES, AttentionSpec
 
 
-def integer(e: Expr, symbols: Mapping[str, int]) -> int:
-    """The value of a size expression: Python numbers in, a Python number (or SymInt) out.
+def integer(e: Expr, symbols: Mapping[str, int], axes: Mapping[str, int] | None = None) -> int:
+    """The value of an integer expression at one point: `symbols` gives run-time sizes, `axes` indices. SymInts stay SymInts.
 
     Raises:
-        ValueError: `e` is not a size: it varies with an axis or reads a tensor.
+        ValueError: `e` reads a tensor or an axis that is not given.
     """
     if isinstance(e, Const):
         return int(e.value)
     if isinstance(e, Size):
         return symbols[e.name]
+    if isinstance(e, Axis) and axes and e.name in axes:
+        return axes[e.name]
     if isinstance(e, Op):
-        args = [integer(a, symbols) for a in e.args]
+        args = [integer(a, symbols, axes) for a in e.args]
         if e.name in ("minimum", "maximum"):  # Python's min and max would ask a symbolic size for its value
             return (torch.sym_min if e.name == "minimum" else torch.sym_max)(*args)  # type: ignore[no-any-return]
         return OPS[e.name].fold(*args)  # type: ignore[return-value]  # an integer expression folds to an integer
-    raise ValueError(f"not a size: {e}")
+    raise ValueError(f"not an integer at one point: {e}")
 
 
 def extents(

@@ -1,0 +1,160 @@
+"""Boxes of an attention's index space: how it is cut into blocks, what a block reads, and where a block's gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attncomp.codegen.materialise import extents, integer
+from attncomp.evaluate import Grid, evaluate, evaluate_tensor
+from attncomp.expr import Axis, Const, Expr, Load, axes_of
+from attncomp.plan import Plan
+from attncomp.proof import MaskProof
+
+Range = tuple[int, int]
+"""(start, stop) along one axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A block: ranges of batch, query head, query and key. `inside`: every key of it lies in the proven range of all its rows."""
+
+    b: Range
+    h: Range
+    i: Range
+    j: Range
+    inside: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, i, j = (stop - start for start, stop in (self.b, self.h, self.i, self.j))
+        return b, h, i, j
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call: the plan with its tensors and sizes. dtype: in which scores, weights and sums are held."""
+
+    plan: Plan
+    tensors: Mapping[str, torch.Tensor]
+    size: Mapping[str, int]
+    symbols: Mapping[str, int]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> Site:
+        size, symbols = extents(plan, q, k, v, sizes)
+        named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
+        return Site(plan, named, size, symbols, torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["q"].device
+
+    def grid(
+        self, axes: Mapping[str, Range], score: torch.Tensor | None = None, weight: torch.Tensor | None = None
+    ) -> Grid:
+        return Grid(axes, self.tensors, self.device, self.symbols, score, weight, self.dtype)
+
+    def read(self, e: Expr, box: Box, axes: str) -> torch.Tensor:
+        """The value of `e` over the box, with one dimension for each of `axes` (d and e are whole)."""
+        ranges = {a: getattr(box, a) if a in "bhij" else (0, self.size[a]) for a in axes}
+        return evaluate_tensor(e, self.grid(ranges)).expand([stop - start for start, stop in ranges.values()])
+
+
+def key_range(proof: MaskProof, symbols: Mapping[str, int], key_length: int, first: int, last: int) -> Range:
+    """The keys that the rows first..last may see: (start, stop), possibly empty."""
+    lo = integer(proof.key_lo, symbols, {"i": first})
+    hi = integer(proof.key_hi, symbols, {"i": last})
+    return max(0, min(lo, key_length)), max(0, min(hi, key_length))
+
+
+def block_rows(proof: MaskProof, symbols: Mapping[str, int], queries: int, keys: int) -> int:
+    """Query rows of one block: a quarter of a row's key range, so that a window's block computes at most 5/4 of what it needs."""
+    middle = max(0, (queries - 1) // 2)
+    start, stop = key_range(proof, symbols, keys, middle, middle)
+    rows = MIN_ROWS
+    while rows < MAX_ROWS and rows * 4 < stop - start:
+        rows *= 2
+    return min(rows, max(queries, 1))
+
+
+MIN_ROWS = 32
+MAX_ROWS = 256
+
+
+def boxes(site: Site, group: int, elements: int, *, restricted: bool) -> Iterator[Box]:
+    """The blocks that cover the attention: whole groups of heads, about `elements` scores each, keys limited to the proven range.
+
+    With `restricted` false every block has all keys. A block without keys gets one, so that its rows are computed like others.
+    """
+    proof, size = site.plan.proof, site.size
+    keys, queries = size["j"], size["i"]
+    rows = block_rows(proof, site.symbols, queries, keys)
+    while rows > MIN_ROWS and rows * group * min(keys, queries) > elements:
+        rows //= 2
+    for i0 in range(0, queries, rows):
+        i1 = min(i0 + rows, queries)
+        j, inside = (0, keys), False
+        if restricted:
+            j = key_range(proof, site.symbols, keys, i0, i1 - 1)
+            common = key_range(proof, site.symbols, keys, i1 - 1, i0)
+            inside = common[0] <= j[0] and j[1] <= common[1]
+            if j[0] >= j[1]:
+                j, inside = (0, min(1, keys)), False
+        area = max(1, (i1 - i0) * (j[1] - j[0]))
+        heads = min(size["h"], max(1, elements // (area * group)) * group)
+        batches = max(1, elements // (area * heads)) if heads == size["h"] else 1
+        for b0 in range(0, size["b"], batches):
+            for h0 in range(0, size["h"], heads):
+                yield Box((b0, min(b0 + batches, size["b"])), (h0, min(h0 + heads, size["h"])), (i0, i1), j, inside)
+
+
+def add_at(target: torch.Tensor, grad: torch.Tensor, starts: Sequence[int]) -> None:
+    """Add `grad` to the part of `target` that begins at `starts`; dimensions of size 1 in `target` collect the sum."""
+    view = target
+    for dim, start in enumerate(starts):
+        if target.shape[dim] == 1:
+            if grad.shape[dim] != 1:
+                grad = grad.sum(dim, keepdim=True)
+        else:
+            view = view.narrow(dim, start, grad.shape[dim])
+    view.add_(grad)
+
+
+def add_to_load(target: torch.Tensor, load: Load, grad: torch.Tensor, grid: Grid) -> None:
+    """Add `grad`, the gradient of each value that `load` gave over the grid's box, to the elements of `target` that it read."""
+    names = list(grid.axes)
+    used = axes_of(load)
+    unused = [dim for dim, name in enumerate(names) if name not in used]
+    if unused:
+        grad = grad.sum(unused, keepdim=True)
+    pure = [a.name for a in load.index if isinstance(a, Axis)]
+    if len(set(pure)) == len(pure) and all(isinstance(a, Axis | Const) for a in load.index):
+        grad = grad.permute([names.index(n) for n in pure] + unused).reshape([grad.shape[names.index(n)] for n in pure])
+        view = target
+        for dim in reversed(range(len(load.index))):
+            a = load.index[dim]
+            if isinstance(a, Const):
+                view = view.select(dim, int(a.value))
+            elif isinstance(a, Axis):
+                start, stop = grid.axes[a.name]
+                view = view.narrow(dim, start, stop - start)
+        view.add_(grad)
+        return
+    index = []
+    for a, length in zip(load.index, target.shape, strict=True):
+        value = evaluate(a, grid)
+        if not isinstance(value, torch.Tensor):
+            value = torch.full([1] * len(names), int(value), device=grid.device)
+        index.append(value.to(torch.int64).clamp(0, length - 1).expand(grad.shape))
+    target.index_put_(tuple(index), grad, accumulate=True)
