@@ -1,0 +1,158 @@
+"""Tile shapes of the tiled kernels, and the work they do: what a plan's parameters and the cost model need to know."""
+
+from __future__ import annotations
+
+from attncomp.codegen.tiled_source import width_parts
+from attncomp.cost import Work
+from attncomp.expr import Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
+from attncomp.hardware import Hardware
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec, I
+from attncomp.variant import Request
+
+Tile = dict[str, int]
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_ITEM = {**_BYTES, "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4}
+
+# (greatest width, BLOCK_M, BLOCK_N, warps, stages), the first row that is wide enough.
+_Rows = tuple[tuple[int, int, int, int, int], ...]
+_FORWARD: dict[str, _Rows] = {
+    "hopper": ((64, 128, 128, 8, 3), (128, 128, 64, 8, 3), (256, 128, 32, 8, 2)),
+    "ampere": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (192, 128, 32, 8, 2), (256, 64, 32, 4, 2)),
+    "float32": ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 16, 32, 4, 2)),
+}
+# Backward over keys: BLOCK_N keys are owned, BLOCK_M queries are a step of the loop.
+_KEYS: dict[str, _Rows] = {
+    "hopper": ((64, 64, 128, 8, 3), (128, 64, 128, 8, 2), (256, 32, 64, 8, 1)),
+    "ampere": ((64, 64, 64, 4, 2), (128, 32, 64, 4, 2), (256, 32, 32, 4, 1)),
+    "float32": ((64, 32, 32, 4, 1), (128, 16, 32, 4, 1), (256, 16, 16, 4, 1)),
+}
+# Backward over queries: BLOCK_M queries are owned, BLOCK_N keys are a step of the loop.
+_QUERIES: dict[str, _Rows] = {
+    "hopper": ((64, 128, 64, 8, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 1)),
+    "ampere": ((64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 32, 32, 4, 1)),
+    "float32": ((64, 32, 32, 4, 1), (128, 32, 16, 4, 1), (256, 16, 16, 4, 1)),
+}
+_SMALLEST = 16
+
+
+def tile_family(spec: AttentionSpec, hardware: Hardware) -> str:
+    """Which rows of the tables apply."""
+    return "float32" if spec.dtype == "float32" else "hopper" if hardware.capability >= (9, 0) else "ampere"
+
+
+def tile_parameters(spec: AttentionSpec, hardware: Hardware) -> dict[str, Tile]:
+    """Block sizes, warps and pipeline stages of each kernel, made to fit the device's shared memory."""
+    d, e = (int(size.value) for size in (spec.size("d"), spec.size("e")) if isinstance(size, Const))
+    family = tile_family(spec, hardware)
+    item = _BYTES[spec.dtype]
+    limit = hardware.shared_memory or 99 * 1024
+    tables = {"forward": _FORWARD, "keys": _KEYS, "queries": _QUERIES}
+    chosen: dict[str, Tile] = {}
+    for kernel in ("forward", "keys", "queries") if spec.training else ("forward",):
+        _, block_m, block_n, warps, stages = next(row for row in tables[kernel][family] if max(d, e) <= row[0])
+        tile = {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
+        chosen[kernel] = _fitted(kernel, _shrunk(spec, tile), d, e, item, limit)
+    return chosen
+
+
+def _shrunk(spec: AttentionSpec, tile: Tile) -> Tile:
+    """Blocks no longer than the axis they cover."""
+    for block, axis in (("block_m", "i"), ("block_n", "j")):
+        size = spec.size(axis)
+        while isinstance(size, Const) and tile[block] > _SMALLEST and tile[block] // 2 >= int(size.value):
+            tile = {**tile, block: tile[block] // 2}
+    return tile
+
+
+def _fitted(kernel: str, tile: Tile, d: int, e: int, item: int, limit: int) -> Tile:
+    while shared_bytes(kernel, tile, d, e, item) > limit:
+        step = "block_n" if kernel != "keys" else "block_m"
+        if tile["num_stages"] > 1:
+            tile = {**tile, "num_stages": tile["num_stages"] - 1}
+        elif tile[step] > _SMALLEST:
+            tile = {**tile, step: tile[step] // 2}
+        else:
+            return tile
+    return tile
+
+
+def shared_bytes(kernel: str, tile: Tile, d: int, e: int, item: int) -> int:
+    """Estimate of a kernel's shared memory: what it owns, what a pipeline stage brings, and the weights in between."""
+    width = d + e
+    m, n, stages = tile["block_m"], tile["block_n"], tile["num_stages"]
+    if kernel == "forward":
+        return item * (m * d + stages * n * width)
+    owned, step = (n, m) if kernel == "keys" else (m, n)
+    return item * (owned * width + stages * step * width + m * n)
+
+
+def visited_pairs(proof: MaskProof, request: Request, tile: Tile) -> float:
+    """Query-key pairs of one head in the tiles that the forward kernel visits, at the request's likely sizes."""
+    queries, keys = request.hints["i"], request.hints["j"]
+    block_m, block_n = tile["block_m"], tile["block_n"]
+    sizes: dict[Expr, Expr] = {Size(name): Const(value) for name, value in request.symbol_hints.items()}
+    tiles = -(-queries // block_m)
+    stride = max(1, tiles // 64)
+    total, sampled = 0, 0
+    for n in range(0, tiles, stride):
+        low = _value(proof.key_lo, n * block_m, sizes, 0)
+        high = _value(proof.key_hi, min((n + 1) * block_m, queries) - 1, sizes, keys)
+        first = max(low, 0) // block_n
+        last = -(-min(high, keys) // block_n)
+        total += max(last - first, 0)
+        sampled += 1
+    return total / max(sampled, 1) * tiles * block_m * block_n
+
+
+def _value(e: Expr, i: int, sizes: dict[Expr, Expr], otherwise: int) -> int:
+    """`e` at query `i`; `otherwise` where it depends on data or on a size without a hint."""
+    found = substitute(e, {I: Const(i), **sizes})
+    return int(found.value) if isinstance(found, Const) else otherwise
+
+
+# Operations that the special-function unit computes for each element; a tanh is an exponential and a reciprocal.
+_SPECIAL = {"exp": 1, "exp2": 1, "log": 1, "log2": 1, "sqrt": 1, "rsqrt": 1, "reciprocal": 1, "div": 1}
+_SPECIAL |= {"tanh": 2, "sigmoid": 2, "sin": 2, "cos": 2, "erf": 2, "pow": 2}
+
+_KERNEL_EFFICIENCY = {"hopper": 0.5, "ampere": 0.55, "float32": 0.3}
+"""Fraction of the peak rate that the kernels' contractions reach: prior estimates, to be calibrated."""
+
+
+def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
+    """What the kernels do: contractions and exponentials of the visited tiles, and memory traffic.
+
+    Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2.
+    """
+    spec, hints = request.spec, request.hints
+    b, h, i, j, d, e = (hints[axis] for axis in ("b", "h", "i", "j", "d", "e"))
+    item = _BYTES[spec.dtype]
+    pairs = b * h * visited_pairs(request.proof, request, tiles["forward"])
+    kv_heads = max(1, h // (spec.group or 1))
+    queries, keys = b * h * i * item, b * kv_heads * j * item
+    wide_d, wide_e = (sum(part.width for part in width_parts(w)) for w in (d, e))
+    elements = _element_loads(spec, request.proof)
+    special = sum(_SPECIAL.get(n.name, 0) for n in walk(spec.program) if isinstance(n, Op) and _in_loop(n))
+    special += spec.normaliser.kind == "softmax"
+    dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
+    efficiency = _KERNEL_EFFICIENCY[tile_family(spec, request.hardware)]
+
+    def kernel(products: float, traffic: float) -> Work:
+        return Work(2 * pairs * products, traffic + pairs * elements, 1, pairs * special, efficiency, 0.8, dtype)
+
+    work = kernel(wide_d + wide_e, (queries + keys) * (d + e))
+    if spec.training:
+        work += Work(0.0, 2 * queries * e, 1)  # rowsum(dO * O)
+        work += kernel(2 * (wide_d + wide_e), (queries + 2 * keys) * (d + e))
+        work += kernel(2 * wide_d + wide_e, (queries + keys) * (d + e) + queries * d)
+    return work
+
+
+def _in_loop(e: Expr) -> bool:
+    return contains(e, Score) or {"i", "j"} <= axes_of(e)
+
+
+def _element_loads(spec: AttentionSpec, proof: MaskProof) -> float:
+    """Bytes read for each pair: from captured tensors indexed by query and key."""
+    loads = {n for e in (spec.program, proof.residual) for n in walk(e) if isinstance(n, Load)}
+    return float(sum(_ITEM.get(spec.tensor(n.tensor).dtype, 8) for n in loads if {"i", "j"} <= axes_of(n)))
