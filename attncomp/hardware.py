@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attncomp.errors import HardwareError
+from attncomp.hardware_rates import measure_rates
 
 if TYPE_CHECKING:
     import torch
@@ -286,72 +286,37 @@ def _cpu(threads: int, store: Path | None) -> Hardware:
 
 
 def measure(device: torch.device) -> Hardware:
-    """Time small matrix products, exponentials, a copy and a tiny operation; under half a second on a CPU."""
+    """The numbers of a device whose rates are measured here and now."""
     import torch
-    from torch.utils._python_dispatch import _disable_current_modes
 
-    cuda = device.type == "cuda"
-    # A backend is called while fake tensors, autocast or inference mode may be active; the clock needs real work.
-    with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-
-        def seconds(run: Callable[[], object], budget: float) -> float:
-            return _best_seconds(run, budget, torch.cuda.synchronize if cuda else None)
-
-        def matmul_rate(dtype: torch.dtype) -> float:
-            size, limit = 128, 8192 if cuda else 1024
-            while True:
-                square = torch.ones(size, size, dtype=dtype, device=device)
-                best = seconds(lambda x=square: x @ x, 0.01)  # type: ignore[misc]
-                if best > 1e-3 or size == limit:
-                    return 2 * size**3 / best
-                size *= 2
-
-        source = torch.ones((256 if cuda else 64) * _MIB, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        numbers = torch.ones((64 if cuda else 1) * _MIB, device=device)
-        result = torch.empty_like(numbers)
-        scalar = torch.zeros(1, device=device)
-        fp32 = matmul_rate(torch.float32)
-        capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-        # Typed as Any: torch's stubs lack some of the properties that it has.
-        properties: Any = torch.cuda.get_device_properties(device) if cuda else None
+    rates = measure_rates(device)
+    peak = Peak(**rates.flops, tf32=rates.flops["fp32"])
+    if device.type == "cpu":
         return Hardware(
-            name=properties.name if properties else _cpu_name(),
-            kind="cuda" if cuda else "cpu",
-            capability=capability,
-            sms=properties.multi_processor_count if properties else torch.get_num_threads(),
-            memory_bandwidth=2 * source.numel() / seconds(lambda: target.copy_(source), 0.04),
-            peak=Peak(
-                bf16=matmul_rate(torch.bfloat16),
-                fp16=matmul_rate(torch.float16),
-                tf32=fp32,
-                fp32=fp32,
-                fp64=matmul_rate(torch.float64),
-            ),
-            exp_rate=numbers.numel() / seconds(lambda: torch.exp(numbers, out=result), 0.02),
-            l2=properties.L2_cache_size if properties else _last_level_cache(),
-            shared_memory=properties.shared_memory_per_block_optin if properties else 0,
-            launch_overhead_s=CUDA_LAUNCH_OVERHEAD_S if cuda else seconds(lambda: scalar.add_(1), 0.005),
+            name=_cpu_name(),
+            kind="cpu",
+            capability=(0, 0),
+            sms=torch.get_num_threads(),
+            memory_bandwidth=rates.bandwidth,
+            peak=peak,
+            exp_rate=rates.exps,
+            l2=_last_level_cache(),
+            shared_memory=0,
+            launch_overhead_s=rates.launch_s,
         )
-
-
-def _best_seconds(run: Callable[[], object], budget: float, synchronize: Callable[[], None] | None) -> float:
-    """The shortest of the runs that fit into `budget` seconds, at least two; one run before them, which sets up."""
-    best = float("inf")
-    run()
-    if synchronize:
-        synchronize()
-    end = time.perf_counter() + budget
-    for count in range(10_000):
-        start = time.perf_counter()
-        run()
-        if synchronize:
-            synchronize()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end and count:
-            break
-    return best
+    properties: Any = torch.cuda.get_device_properties(device)  # Any: torch's stubs lack some of its properties
+    return Hardware(
+        name=properties.name,
+        kind="cuda",
+        capability=(properties.major, properties.minor),
+        sms=properties.multi_processor_count,
+        memory_bandwidth=rates.bandwidth,
+        peak=peak,
+        exp_rate=rates.exps,
+        l2=properties.L2_cache_size,
+        shared_memory=properties.shared_memory_per_block_optin,
+        launch_overhead_s=CUDA_LAUNCH_OVERHEAD_S,
+    )
 
 
 def _cpu_name() -> str:

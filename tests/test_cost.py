@@ -226,9 +226,11 @@ def test_the_cpu_is_measured_once() -> None:
 
 def test_measuring_ignores_the_callers_modes() -> None:
     hardware._cpu.cache_clear()
+    threads = torch.get_num_threads()
     with FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu"):
         # A fake copy takes microseconds whatever its size: terabytes a second give it away.
         assert detect("cpu").memory_bandwidth < 5e12
+    assert torch.get_num_threads() == threads
 
 
 def test_measured_numbers_are_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,14 @@ def test_errors_of_other_sources(source: Any, text: str) -> None:
     with pytest.raises(PolicyError) as caught:
         load_policy(source)
     assert text in str(caught.value)
+
+
+def test_the_documentation_shows_valid_policies(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "policy.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(load_policy(write(tmp_path, text)).rules) == 2
+    for name in PRESETS:
+        assert f"| `{name}` |" in page
 
 
 def test_any_mapping_is_a_dict() -> None:
