@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from contextlib import redirect_stdout
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from attncomp import __version__
 from attncomp.cache_cli import cache_app
-from attncomp.cli_output import Exit, fail, print_json, print_table
+from attncomp.cli_output import Exit, fail, plain, print_json, print_table
 from attncomp.cli_target import load_target
 from attncomp.errors import AttncompError, CacheUnusableError, PolicyError, TargetError
 from attncomp.policy import PRESETS, Policy, check_variants, load_policy
@@ -192,7 +193,7 @@ def _print_report(report: Report, verbose: bool) -> None:
             (
                 (
                     _module(site),
-                    site.location,
+                    _location(site),
                     site.kind,
                     site.mask,
                     site.verdict,
@@ -205,14 +206,14 @@ def _print_report(report: Report, verbose: bool) -> None:
             ),
         )
     for site in report.sites if verbose else ():
-        print()
-        print_table(
-            ("CANDIDATE", ">MS", "REJECTED BECAUSE"),
-            ((c.variant, _milliseconds(c.predicted_ms), c.rejection or "") for c in site.candidates),
-            title=f"{_module(site)} ({site.location})",
-        )
+        print(f"\n{plain(_module(site))} ({plain(_location(site))})")
+        if site.candidates:
+            print_table(
+                ("CANDIDATE", ">MS", "REJECTED BECAUSE"),
+                ((c.variant, _milliseconds(c.predicted_ms), c.rejection or "") for c in site.candidates),
+            )
         for fact in site.facts:
-            print(f"proof: {fact}")
+            print(f"proof: {plain(fact)}")
     rewritten = sum(site.verdict == "rewritten" for site in report.sites)
     kept = len(report.sites) - rewritten
     print(f"\n{rewritten} rewritten, {kept} kept." if report.sites else "No attention was found.")
@@ -230,6 +231,12 @@ def _errors(report: Report) -> list[str]:
 
 def _module(site: SiteReport) -> str:
     return site.module or "(top level)"
+
+
+def _location(site: SiteReport) -> str:
+    """``file:line``, relative to the working directory where the file is inside it."""
+    path, _, line = site.location.rpartition(":")
+    return f"{os.path.relpath(path)}:{line}" if Path(path).is_relative_to(Path.cwd()) else site.location
 
 
 def _milliseconds(predicted: float | None) -> str:

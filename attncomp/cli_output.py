@@ -30,14 +30,14 @@ def print_json(body: dict[str, object]) -> None:
     print(json.dumps({"schema": SCHEMA, **body}, indent=1))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows under headings; a heading that begins with ``>`` is set flush right. Text is folded, never cut off."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*(escape(plain(cell)) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
 
 
@@ -47,6 +47,6 @@ def fail(code: Exit, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _plain(text: str) -> str:
-    """Names come from other people's code: no markup, and no control characters for the terminal to obey."""
-    return escape("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+def plain(text: str) -> str:
+    """Names come from other people's code: no control characters for the terminal to obey."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

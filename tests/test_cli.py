@@ -187,6 +187,16 @@ def test_explain_verbose_prints_candidates_and_rejections(model_file: Path, anal
     assert "proof: j <= i for every key that is read" in out
 
 
+def test_locations_are_relative_to_the_working_directory(
+    model_file: Path, analysis: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_file.parent)
+    sites = [replace(analysis.site, location=place) for place in (f"{model_file}:8", "/elsewhere/model.py:9")]
+    analysis.report = Report(tuple(sites))
+    _, out, _ = run("explain", "model.py:build")
+    assert [line.split()[1] for line in out.splitlines()[1:3]] == ["model.py:8", "/elsewhere/model.py:9"]
+
+
 def test_explain_json_is_the_report_only(model_file: Path, analysis: SimpleNamespace) -> None:
     code, out, _ = run("explain", f"{model_file}:build", "--json")
     assert (code, json.loads(out)) == (0, json.loads(analysis.report.to_json()))
