@@ -51,9 +51,9 @@ def _rule(e: Expr, leaf: Expr, visit) -> Expr | None:  # type: ignore[no-untyped
     if name == "sub":
         return sub(dx, dy)
     if name == "mul":
-        return add(mul(dx, y), mul(x, dy))
+        return add(_times(dx, y), _times(dy, x))
     if name == "div":
-        return sub(op("div", dx, y), mul(op("div", e, y), dy))
+        return sub(ZERO_F if dx == ZERO_F else op("div", dx, y), _times(dy, op("div", e, y)))
     if name == "pow":
         by_base = mul(mul(y, op("pow", x, sub(y, ONE_F))), dx)
         return by_base if dy == ZERO_F else add(by_base, mul(mul(e, op("log", x)), dy))
@@ -61,6 +61,11 @@ def _rule(e: Expr, leaf: Expr, visit) -> Expr | None:  # type: ignore[no-untyped
         first = op("lt" if name == "minimum" else "gt", x, y)
         return where(first, dx, where(op("eq", x, y), mul(add(dx, dy), Const(0.5)), dy))
     return None
+
+
+def _times(slope: Expr, factor: Expr) -> Expr:
+    """``slope * factor``; nothing where the slope is zero, whatever the factor: it does not move with the leaf."""
+    return ZERO_F if slope == ZERO_F else mul(slope, factor)
 
 
 def _unary(name: str, x: Expr, whole: Expr) -> Expr | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attncomp import polynomial
@@ -307,6 +307,23 @@ class Printer:
             return text if info.dtype == "float32" else f"{text}.to(tl.float32)"
         wider = _POINTER_INT.get(info.dtype)
         return f"{text}.to(tl.{wider})" if wider else text
+
+    def offset(self, e: Load, stride: Callable[[int], str], *, without: int | None = None) -> str:
+        """The offset of a read's element in another tensor of the same shape, such as its gradient.
+
+        stride: the argument that holds the other tensor's stride along a dimension. without: a dimension to leave out.
+        """
+        parts: list[str] = []
+        for dim, (index, size) in enumerate(zip(e.index, self.spec.tensor(e.tensor).shape, strict=True)):
+            if size != Const(1) and index != Const(0) and dim != without:
+                bare = isinstance(index, Axis) and size == self.spec.extents.get(index.name)
+                text = self._visit(index, True)[0] if bare else self._index(index, size, [])[0]
+                parts.append(f"{_wide(text)} * {stride(dim)}")
+        return " + ".join(parts) or "0"
+
+    def index(self, e: Load, dim: int) -> str:
+        """The index of a read along one dimension, clamped into the tensor."""
+        return self._index(e.index[dim], self.spec.tensor(e.tensor).shape[dim], [])[0]
 
     def _pointer(self, text: str, level: int) -> str:
         state = self._states[level]

@@ -33,6 +33,8 @@ _QUERIES: dict[str, _Rows] = {
     "ampere": ((64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 32, 32, 4, 1)),
     "float32": ((64, 32, 32, 4, 1), (128, 32, 16, 4, 1), (256, 16, 16, 4, 1)),
 }
+# Gradients of what is read by query and key: one tile of both is owned.
+_PAIRS: Tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 1}
 _SMALLEST = 16
 
 
@@ -49,10 +51,14 @@ def tile_parameters(spec: AttentionSpec, hardware: Hardware) -> dict[str, Tile]:
     limit = hardware.shared_memory or 99 * 1024
     tables = {"forward": _FORWARD, "keys": _KEYS, "queries": _QUERIES}
     chosen: dict[str, Tile] = {}
-    for kernel in ("forward", "keys", "queries") if spec.training else ("forward",):
+    for kernel in tables if spec.training else ("forward",):
         _, block_m, block_n, warps, stages = next(row for row in tables[kernel][family] if max(d, e) <= row[0])
         tile = {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
         chosen[kernel] = _fitted(kernel, _shrunk(spec, tile), d, e, item, limit)
+    if spec.training:
+        chosen["prepare"] = chosen["queries"]
+        pairs = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1} if family == "float32" else _PAIRS
+        chosen["pairs"] = _fitted("queries", _shrunk(spec, pairs), d, e, item, limit)
     return chosen
 
 

@@ -6,7 +6,7 @@ Any pointwise program and any mask; the proven key ranges are loop bounds, so ti
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,16 @@ import torch
 from attncomp.codegen.compile import has_triton, interprets, kernel_module
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import LONGEST, UnprintableError
+from attncomp.codegen.tiled_backward_source import (
+    NoDerivativeError,
+    backward_arguments,
+    backward_source,
+    learned_reads,
+    learned_tensors,
+    pair_kernels,
+    score_derivative,
+    stores_pairs,
+)
 from attncomp.codegen.tiled_source import Arguments, forward_arguments, forward_source
 from attncomp.codegen.tiled_tiles import tile_parameters, tiled_work
 from attncomp.expr import Const, Expr, Sum, Weight, contains
@@ -40,7 +50,7 @@ class Tiled:
     # -- choosing ----------------------------------------------------------------------------------------------------
 
     def accept(self, request: Request) -> Offer | Rejection:
-        rejection = _device(request) or _form(request.spec) or _shapes(request.spec)
+        rejection = _device(request) or _form(request.spec) or _shapes(request.spec) or _learned(request.spec)
         if rejection is not None:
             return rejection
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -51,7 +61,10 @@ class Tiled:
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
         }
         try:
-            forward_source(Plan(request.spec, request.proof, self.name, params))
+            plan = Plan(request.spec, request.proof, self.name, params)
+            forward_source(plan)
+            if request.spec.training:
+                backward_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
         return Offer(params, tiled_work(request, tiles, params["precision"]))
@@ -92,7 +105,7 @@ class Tiled:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> list[torch.Tensor]:
-        raise NotImplementedError("tiled has no backward pass")  # accept rejects specs that need one
+        return _launcher(plan).backward(grad_out, out, lse, q, k, v, captured, sizes)
 
 
 TILED = Tiled()
@@ -112,8 +125,6 @@ def _device(request: Request) -> Rejection | None:
 
 
 def _form(spec: AttentionSpec) -> Rejection | None:
-    if spec.training:
-        return Rejection("training", "the tiled kernel has no backward pass yet")
     if spec.dropout > 0:
         return Rejection(
             "dropout", f"weights are dropped with probability {spec.dropout:g}; the kernel draws no random numbers"
@@ -152,31 +163,44 @@ def _shapes(spec: AttentionSpec) -> Rejection | None:
     return None
 
 
-def _argument_reader(plan: Plan, arguments: Arguments) -> Callable[..., list[Any]]:
-    """A function from the tensors by name, the lengths and the run-time sizes to the kernel's arguments in order."""
-    tensors, strides, symbols = arguments.tensors, arguments.strides, arguments.symbols
-
-    def read(named: dict[str, torch.Tensor], lengths: dict[str, int], sizes: Sequence[int]) -> list[Any]:
-        values: list[Any] = [named[t] for t in tensors]
-        # A dimension of size 1 is broadcast: it is read at index 0 whatever the index.
-        values += [named[t].stride(dim) if named[t].shape[dim] != 1 else 0 for t, dim, _ in strides]
-        values += [lengths[name] for name in arguments.lengths]
-        values += [sizes[n] for n in symbols]
-        return values
-
-    return read
+def _learned(spec: AttentionSpec) -> Rejection | None:
+    """What gradients need and `tiled` lacks."""
+    if not spec.training:
+        return None
+    sink = spec.normaliser.sink
+    try:
+        score_derivative(spec)
+        for e in (spec.program, *(() if sink is None else (sink,))):
+            learned_reads(spec, e, "p")
+    except NoDerivativeError as error:
+        return Rejection("no-derivative", f"there is no rule for the derivative of {error}")
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
+    """A loaded kernel and where its arguments come from."""
+
     function: Any
-    read: Callable[..., list[Any]]
+    arguments: Arguments
     options: dict[str, int]
 
-    def launch(self, grid: int, named: dict[str, torch.Tensor], lengths: dict[str, int], sizes: Sequence[int]) -> None:
+    def launch(
+        self, grid: int, named: Mapping[str, torch.Tensor], lengths: Mapping[str, int], sizes: Sequence[int]
+    ) -> None:
+        if grid == 0:
+            return
+        arguments = self.arguments
+        values: list[Any] = [named[t] for t in arguments.tensors]
+        for t, dim, _ in arguments.strides:
+            tensor = named[t]
+            # A dimension of size 1 is broadcast: it is read at index 0 whatever the index.
+            values.append(tensor.stride(dim) if tensor.shape[dim] != 1 else 0)
+        values += [lengths[name] for name in arguments.lengths]
+        values += [sizes[n] for n in arguments.symbols]
         device = named["q"].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.function[(grid,)](*self.read(named, lengths, sizes), **self.options)
+            self.function[(grid,)](*values, **self.options)
 
 
 class _Launcher:
@@ -184,15 +208,28 @@ class _Launcher:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.key = {"plan": plan.digest}
-        self.forward_kernel = self._kernel(
-            forward_source(plan), "forward", forward_arguments(plan), plan.params["forward"]
-        )
+        self._key = {"plan": plan.digest}
+        self._forward = self._load("forward", forward_source(plan), forward_arguments(plan), {"forward": "forward"})
+        self._backward: dict[str, _Kernel] | None = None
 
-    def _kernel(self, source: str, function: str, arguments: Arguments, params: dict[str, int]) -> _Kernel:
-        module = kernel_module(source, name=f"tiled_{function}", variant="tiled", key=self.key)
-        options = {name: params[name] for name in ("num_warps", "num_stages")}
-        return _Kernel(getattr(module, function), _argument_reader(self.plan, arguments), options)
+    def _load(self, name: str, source: str, arguments: Arguments, kernels: Mapping[str, str]) -> dict[str, _Kernel]:
+        """kernels: kernel name → name of its tile among the plan's parameters."""
+        module = kernel_module(source, name=f"tiled {name}, {self.plan.proof.text}", variant="tiled", key=self._key)
+        loaded = {}
+        for kernel, tile in kernels.items():
+            options = {option: self.plan.params[tile][option] for option in ("num_warps", "num_stages")}
+            loaded[kernel] = _Kernel(getattr(module, kernel), arguments, options)
+        return loaded
+
+    def _backward_kernels(self) -> dict[str, _Kernel]:
+        if self._backward is None:
+            plan = self.plan
+            kernels = {"keys": "keys", "queries": "queries"}
+            if plan.spec.normaliser.kind != "none":
+                kernels["prepare"] = "prepare"
+            kernels.update({f"pairs_{n}": "pairs" for n, _ in enumerate(pair_kernels(plan.spec))})
+            self._backward = self._load("backward", backward_source(plan), backward_arguments(plan), kernels)
+        return self._backward
 
     def forward(
         self,
@@ -205,18 +242,76 @@ class _Launcher:
         spec = self.plan.spec
         batch, heads, queries, _ = q.shape
         if max(queries, k.shape[2]) > LONGEST:
-            raise ValueError(
-                f"attncomp's tiled kernel covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}"
-            )
+            raise ValueError(f"tiled attention covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}")
         out = torch.empty((batch, queries, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
-        with_stat = spec.normaliser.kind != "none"
-        stat = torch.empty((batch, heads, queries) if with_stat else (0,), dtype=torch.float32, device=q.device)
-        named = {"q": q, "k": k, "v": v, "out": out, "stat": stat}
-        named.update((t.name, c) for t, c in zip(spec.captured, captured, strict=True))
-        tiles = -(-queries // self.plan.params["forward"]["block_m"])
-        if tiles * batch:
-            self.forward_kernel.launch(tiles * batch * heads, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
-        return out.transpose(1, 2), stat
+        with_lse = spec.normaliser.kind == "softmax"
+        lse = torch.empty((batch, heads, queries) if with_lse else (0,), dtype=torch.float32, device=q.device)
+        named = {"q": q, "k": k, "v": v, "out": out, "stat": lse, **self._captured(captured, q.device)}
+        grid = self._tiles("forward", "block_m", queries) * batch * heads
+        self._forward["forward"].launch(grid, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> list[torch.Tensor]:
+        spec, kernels = self.plan.spec, self._backward_kernels()
+        batch, heads, queries, _ = q.shape
+        key_heads, keys = k.shape[1], k.shape[2]
+        rows = torch.empty((3, batch, heads, queries), dtype=torch.float32, device=q.device)
+        dq = torch.empty((batch, heads, queries, q.shape[3]), dtype=q.dtype, device=q.device)
+        dk = torch.empty((batch, key_heads, keys, k.shape[3]), dtype=k.dtype, device=q.device)
+        dv = torch.empty((batch, key_heads, keys, v.shape[3]), dtype=v.dtype, device=q.device)
+        by_name = self._captured(captured, q.device)
+        pairs = pair_kernels(spec)
+        stored = {x.load.tensor for x in pairs if stores_pairs(spec, x.load)}
+        learned = {
+            # Stored once for each element, in the tensor's own dtype; added up in float32.
+            name: torch.zeros(
+                by_name[name].shape, dtype=by_name[name].dtype if name in stored else torch.float32, device=q.device
+            )
+            for name in learned_tensors(spec)
+        }
+        named = {"q": q, "k": k, "v": v, "out": out, "grad": grad_out, "stat": lse, "dq": dq, "dk": dk, "dv": dv}
+        named.update(by_name, delta=rows[0], shifts=rows[1], spreads=rows[2])
+        named.update((f"g{name}", tensor) for name, tensor in learned.items())
+        lengths = {"TQ": queries, "TK": keys, "NB": batch}
+
+        def launch(kernel: str, grid: int) -> None:
+            kernels[kernel].launch(grid, named, lengths, sizes)
+
+        if "prepare" in kernels:
+            launch("prepare", self._tiles("prepare", "block_m", queries) * batch * heads)
+        launch("keys", self._tiles("keys", "block_n", keys) * batch * key_heads)
+        launch("queries", self._tiles("queries", "block_m", queries) * batch * heads)
+        tiles = self._tiles("pairs", "block_m", queries) * self._tiles("pairs", "block_n", keys) if pairs else 0
+        for n, x in enumerate(pairs):
+            kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
+            launch(f"pairs_{n}", tiles * kept)
+        grads = [dq, _summed_to(dk, k), _summed_to(dv, v)]
+        return grads + [learned[name].to(by_name[name].dtype) for name in learned]
+
+    def _tiles(self, kernel: str, block: str, length: int) -> int:
+        return -(-length // int(self.plan.params[kernel][block]))
+
+    def _captured(self, captured: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        # A number that a model keeps on the CPU may meet CUDA tensors in PyTorch; a kernel needs it on the device.
+        return {
+            t.name: c if c.device == device else c.to(device)
+            for t, c in zip(self.plan.spec.captured, captured, strict=True)
+        }
+
+
+def _summed_to(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient of a tensor whose batch of 1 was read by every sequence."""
+    return grad if grad.shape == tensor.shape else grad.sum(0, keepdim=True)
 
 
 _launchers: dict[int, tuple[Plan, _Launcher]] = {}

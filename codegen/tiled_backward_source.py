@@ -1,0 +1,457 @@
+"""The source of the tiled backward kernels: ``prepare``, ``keys`` (dK, dV), ``queries`` (dQ), and ``pairs_n`` for each
+learned tensor that is read by query and key.
+
+With W the weights and D = rowsum(dO * O), a program value gets the gradient g = W * (dO Vᵀ - D) under a softmax, dO Vᵀ
+without a normaliser, and (dO Vᵀ - D) / sum under a sum. A score gets ``g * d program / d S``, and a captured element c
+that a value reads gets ``g * d program / d c``, added up over all pairs that read c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attncomp.codegen.printer import Level, Printer
+from attncomp.codegen.render import render
+from attncomp.codegen.tiled_source import (
+    Arguments,
+    Exponent,
+    arguments_of,
+    at,
+    common_context,
+    element_mask,
+    exponent_of,
+    program_context,
+    static_length,
+)
+from attncomp.derivative import derivative
+from attncomp.expr import (
+    TRUE,
+    ZERO,
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Score,
+    axes_of,
+    gt,
+    loads_of,
+    walk,
+)
+from attncomp.plan import Plan
+from attncomp.spec import AttentionSpec
+
+BACKWARD = "tiled_backward.py.jinja"
+
+_OWN = {
+    "q": ("b", "h", "i", "d"),
+    "k": ("b", "h", "j", "d"),
+    "v": ("b", "h", "j", "e"),
+    "out": ("b", "h", "i", "e"),
+    "grad": ("b", "h", "i", "e"),
+}
+_ENTRIES = 128
+"""Longest table whose gradient is summed entry by entry in registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A captured element that needs a gradient: a read in an expression, and the derivative of the expression by it."""
+
+    load: Load
+    derivative: Expr
+    name: str
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return axes_of(self.load)
+
+    @property
+    def by_pair(self) -> bool:
+        return {"i", "j"} <= self.axes
+
+
+class NoDerivativeError(Exception):
+    """A program can't be differentiated; the message says by what."""
+
+
+def learned_reads(spec: AttentionSpec, e: Expr, prefix: str) -> tuple[Learned, ...]:
+    """The reads of captured tensors in `e` that gradients flow through.
+
+    Raises:
+        NoDerivativeError: an operation on the way has no derivative.
+    """
+    found: list[Learned] = []
+    learned = {t.name for t in spec.captured if t.requires_grad}
+    for load in loads_of(e):
+        if load.kind == "float" and load.tensor in learned:
+            slope = derivative(e, load)
+            if slope is None:
+                raise NoDerivativeError(f"{e} by {load}")
+            if slope != Const(0.0):
+                found.append(Learned(load, slope, f"{prefix}{len(found)}"))
+    return tuple(found)
+
+
+def score_derivative(spec: AttentionSpec) -> Expr:
+    """d program / d S.
+
+    Raises:
+        NoDerivativeError: an operation on the way has no derivative.
+    """
+    slope = derivative(spec.program, Score())
+    if slope is None:
+        raise NoDerivativeError(f"{spec.program} by S")
+    return slope
+
+
+def learned_tensors(spec: AttentionSpec) -> tuple[str, ...]:
+    return tuple(t.name for t in spec.captured if t.requires_grad)
+
+
+def backward_exponent(spec: AttentionSpec) -> Exponent:
+    """As `exponent_of`, but natural logarithms where values may be so large that lse forgets the row's sum."""
+    return Exponent(spec.program, None, False) if has_spread(spec) else exponent_of(spec)
+
+
+def has_spread(spec: AttentionSpec) -> bool:
+    """Whether logits may be huge: then a row's maximum and the logarithm of its sum are kept apart."""
+    if spec.normaliser.kind != "softmax":
+        return False
+    sink = spec.normaliser.sink
+    return any(_may_be_huge(n) for e in (spec.program, *(() if sink is None else (sink,))) for n in walk(e))
+
+
+def _may_be_huge(e: Expr) -> bool:
+    if isinstance(e, Const):
+        return e.kind == "float" and 1e3 < abs(float(e.value)) < float("inf")
+    if isinstance(e, Load):
+        return e.kind == "float"
+    return isinstance(e, Op) and e.name in ("exp", "exp2", "pow", "div", "reciprocal", "rsqrt")
+
+
+def gradient_stride(tensor: str, dim: int) -> str:
+    return f"g{tensor}_{dim}"
+
+
+def backward_arguments(plan: Plan) -> Arguments:
+    """The arguments of every backward kernel. ``gc0`` is the gradient of ``c0``; NB is the batch size."""
+    spec = plan.spec
+    learned = learned_tensors(spec)
+    tensors = ("q", "k", "v", "out", "grad", "stat", "delta", "shifts", "spreads", "dq", "dk", "dv")
+    base = arguments_of(plan, (*tensors, *(f"g{name}" for name in learned)), _OWN)
+    strides = [
+        (f"g{name}", dim, gradient_stride(name, dim))
+        for name in learned
+        for dim, size in enumerate(spec.tensor(name).shape)
+        if size != Const(1)
+    ]
+    return Arguments(base.tensors, (*base.strides, *strides), (*base.lengths, "NB"), base.symbols)
+
+
+def backward_source(plan: Plan) -> str:
+    """The module with all backward kernels of `plan`.
+
+    Raises:
+        UnprintableError: an expression has no Triton form.
+        NoDerivativeError: a gradient is needed that has no rule.
+    """
+    spec = plan.spec
+    exponent = backward_exponent(spec)
+    slope = score_derivative(spec)
+    learned = learned_reads(spec, spec.program, "p")
+    functions: set[str] = set()
+    by_row = tuple(x for x in learned if "j" not in x.axes)
+    by_key = tuple(x for x in learned if "j" in x.axes and not x.by_pair)
+    kernels = {
+        "prepare": _prepare(plan, functions),
+        "keys": _keys(plan, exponent, slope, by_key, functions),
+        "queries": _queries(plan, exponent, slope, by_row, functions),
+        "pairs": [
+            _pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(x for x in learned if x.by_pair)
+        ],
+    }
+    scale = f" * {float(slope.value)!r}" if isinstance(slope, Const) and slope != Const(1.0) else ""
+    return render(
+        BACKWARD,
+        **common_context(plan),
+        **kernels,
+        arguments=backward_arguments(plan).names,
+        functions=functions,
+        program=program_context(exponent),
+        spread=has_spread(spec),
+        derivative_scale=scale,
+    )
+
+
+_QUERY_LEVELS = (
+    Level("t", frozenset(("b", "h", "i", "i_first", "i_last"))),
+    Level("x", frozenset(("j",)), score=True),
+)
+_EDGE = {"i": "i_in", "j": "j_in"}
+_NAMES = ("b", "h", "i", "j", "i_first", "i_last", "j_first", "j_last", "i_middle")
+
+
+def _printer(
+    plan: Plan, levels: tuple[Level, ...], roots: Iterable[Expr], functions: set[str], **placing: dict[str, str]
+) -> Printer:
+    printer = Printer(
+        plan.spec,
+        levels,
+        {name: name for name in _NAMES},
+        inside=placing.get("inside"),
+        masks=placing.get("masks"),
+        precise=plan.spec.dtype == "float32",
+        roots=roots,
+    )
+    printer.functions = functions
+    return printer
+
+
+def _roots(plan: Plan, exponent: Exponent, slope: Expr, learned: Iterable[Learned]) -> list[Expr]:
+    return [exponent.program, *element_mask(plan), plan.proof.residual, slope, *(x.derivative for x in learned)]
+
+
+def _body(
+    printer: Printer,
+    plan: Plan,
+    exponent: Exponent,
+    slope: Expr | None,
+    learned: Iterable[Learned],
+    *,
+    ranges: bool,
+    tests: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """One body of the innermost loop. ranges: test the proven range too. tests: the template's own."""
+    program = printer.value(exponent.program)
+    conditions = [*tests]
+    if ranges:
+        conditions += [f"({printer.value(e)})" for e in element_mask(plan)]
+    if plan.proof.residual != TRUE:
+        conditions.append(f"({printer.value(plan.proof.residual)})")
+    return {
+        "program": program,
+        "mask": " & ".join(conditions),
+        "derivative": None if slope is None or isinstance(slope, Const) else f"({printer.value(slope)})",
+        "learned": {x.name: f"({printer.value(x.derivative)})" for x in learned},
+        "lines": printer.lines(len(printer.levels) - 1),
+    }
+
+
+def _item(printer: Printer, x: Learned, axis: str) -> dict[str, Any]:
+    """What the template needs to add a vector along `axis` to the gradient of what `x` reads."""
+    tensor = x.load.tensor
+    return {
+        "name": x.name,
+        "tensor": tensor,
+        "varies": axis in x.axes,
+        "offset": printer.offset(x.load, lambda dim: gradient_stride(tensor, dim)),
+    }
+
+
+def _length_tests(plan: Plan) -> tuple[str, ...]:
+    """A key beyond the end is out of every proven range but the full one."""
+    return ("j_ok",) if plan.proof.key_hi == plan.spec.size("j") else ()
+
+
+def _prepare(plan: Plan, functions: set[str]) -> dict[str, Any] | None:
+    spec, proof = plan.spec, plan.proof
+    if spec.normaliser.kind == "none":
+        return None
+    natural = Exponent(spec.program, None, False)
+    sink = spec.normaliser.sink
+    learned = () if sink is None else learned_reads(spec, sink, "n")
+    ranges = (at(proof.key_lo, "i_first"), at(proof.key_hi, "i_last"))
+    roots = [*_roots(plan, natural, ZERO, learned), *ranges, *(() if sink is None else (sink,))]
+    printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
+    low, high = (printer.value(e) for e in ranges)
+    context = {
+        **_blocks(plan, "prepare"),
+        "low": low,
+        "high": high,
+        "sink": None if sink is None else printer.value(sink),
+        "learned": [_item(printer, x, "i") for x in learned],
+        "derivatives": {x.name: f"({printer.value(x.derivative)})" for x in learned},
+    }
+    if spec.normaliser.kind == "sum" or has_spread(spec):  # the sums are found again: every tile is tested
+        edge = printer.inner(inside=_EDGE, masks={"j": "j_ok"})
+        context["body"] = _body(edge, plan, natural, None, (), ranges=True, tests=("j_ok",))
+    context["tile_lines"] = printer.lines(0)
+    return context
+
+
+def _queries(
+    plan: Plan, exponent: Exponent, slope: Expr, learned: tuple[Learned, ...], functions: set[str]
+) -> dict[str, Any]:
+    proof = plan.proof
+    ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
+    roots = [*_roots(plan, exponent, slope, learned), *ranges]
+    printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
+    low, inner_low, inner_high, high = (printer.value(e) for e in ranges)
+    items = [_item(printer, x, "i") for x in learned]
+    blocks = _blocks(plan, "queries")
+    length = static_length(plan.spec, "j")
+    whole = proof.key_hi == plan.spec.size("j") and length is not None and length % blocks["block_n"] == 0
+    # A query beyond the end must not add to sums over queries.
+    rows = ("row_ok[:, None]",) if learned else ()
+    return {
+        **blocks,
+        "low": low,
+        "high": high,
+        "inner_low": inner_low,
+        "inner_high": inner_high,
+        "learned": items,
+        "inner_body": _body(
+            printer.inner(inside={"i": "i_in"}), plan, exponent, slope, learned, ranges=False, tests=rows
+        ),
+        "edge_body": _body(
+            printer.inner(inside=_EDGE, masks={"j": "j_ok"}),
+            plan,
+            exponent,
+            slope,
+            learned,
+            ranges=True,
+            tests=(*rows, *_length_tests(plan)),
+        ),
+        "tile_lines": printer.lines(0),
+        "phases": {"before": proof.key_lo != ZERO, "after": not whole},
+    }
+
+
+def _keys(
+    plan: Plan, exponent: Exponent, slope: Expr, learned: tuple[Learned, ...], functions: set[str]
+) -> dict[str, Any]:
+    spec, proof = plan.spec, plan.proof
+    levels = (
+        Level("t", frozenset(("b", "j", "j_first", "j_last"))),
+        Level("y", frozenset(("h",))),
+        Level("x", frozenset(("i",)), score=True),
+    )
+    ranges = (at(proof.query_lo, "j_first"), at(proof.query_hi, "j_last"))
+    roots = [*_roots(plan, exponent, slope, learned), *ranges]
+    masks = {"j": "j_ok"}
+    printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks)
+    low, high = (printer.value(e) for e in ranges)
+    items = [_item(printer, x, "j") for x in learned]
+    blocks = _blocks(plan, "keys")
+    length = static_length(spec, "i")
+    whole = proof.query_hi == spec.size("i") and length is not None and length % blocks["block_m"] == 0
+    searches = []
+    if proof.key_hi != spec.size("j"):
+        searches.append(_search(plan, gt(at(proof.key_hi, "i_middle"), Axis("j_last")), "inner_low", functions))
+    if proof.key_lo != ZERO:
+        searches.append(_search(plan, gt(at(proof.key_lo, "i_middle"), Axis("j_first")), "inner_high", functions))
+    inner = printer.inner(inside={"j": "j_in"}, masks=masks)
+    edge = printer.inner(inside=_EDGE, masks=masks)
+    return {
+        **blocks,
+        "low": low,
+        "high": high,
+        "searches": searches,
+        "learned": items,
+        "inner_body": _body(inner, plan, exponent, slope, learned, ranges=False),
+        "edge_body": _body(edge, plan, exponent, slope, learned, ranges=True, tests=("i_ok",)),
+        "tile_lines": printer.lines(0),
+        "head_lines": printer.lines(1),
+        "phases": {"before": proof.key_hi != spec.size("j"), "after": proof.key_lo != ZERO or not whole},
+    }
+
+
+def _search(plan: Plan, found: Expr, result: str, functions: set[str]) -> dict[str, Any]:
+    """The bisection for the first query at which `found` holds."""
+    level = Level("u", frozenset(("b", "h", "j_first", "j_last", "i_middle")))
+    printer = _printer(plan, (level,), (found,), functions)
+    return {"found": printer.value(found), "result": result, "lines": printer.lines(0)}
+
+
+def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set[str]) -> dict[str, Any]:
+    spec, proof = plan.spec, plan.proof
+    kept = [axis for axis in ("b", "h") if axis in x.axes]
+    summed = [axis for axis in ("b", "h") if axis not in x.axes]
+    levels = (
+        Level("f", frozenset(("i", "j", "i_first", "i_last", *kept))),
+        Level("t", frozenset(summed)),
+        Level("x", frozenset(), score=True),
+    )
+    ranges = (at(proof.key_lo, "i_first"), at(proof.key_hi, "i_last"))
+    roots = [*_roots(plan, exponent, ZERO, (x,)), *ranges]
+    printer = _printer(plan, levels, roots, functions, inside=_EDGE, masks={"j": "j_ok"})
+    low, high = (printer.value(e) for e in ranges)
+    body = _body(printer, plan, exponent, None, (x,), ranges=True, tests=("row_ok[:, None]", *_length_tests(plan)))
+    heads = common_context(plan)["heads"]
+    counts = {"b": "NB", "h": str(heads)}
+    after = _printer(
+        plan,
+        (Level("z", frozenset(("b", "h", "i", "j"))), Level("x", frozenset(), score=True)),
+        (),
+        functions,
+        inside=_EDGE,
+        masks={"j": "j_ok"},
+    )
+    table = _table_dimension(spec, x)
+    item = _item(after, x, "i")
+    context: dict[str, Any] = {
+        **_blocks(plan, "pairs"),
+        "name": name,
+        "item": item,
+        "text": str(x.load),
+        "over": " and ".join({"b": "sequences", "h": "heads"}[axis] for axis in summed) or "one pair",
+        "count": " * ".join(counts[axis] for axis in summed) or "1",
+        "kept": " * ".join(counts[axis] for axis in kept) or "1",
+        "own": _split("kept", kept, heads),
+        "each": _split("step", summed, heads),
+        "low": low,
+        "high": high,
+        "body": body,
+        "first_lines": printer.lines(0),
+        "tile_lines": printer.lines(1),
+        "stores": stores_pairs(spec, x.load),
+        "entries": 0,
+    }
+    if table is not None and not context["stores"]:
+        tensor = x.load.tensor
+        item["offset"] = after.offset(x.load, lambda dim: gradient_stride(tensor, dim), without=table)
+        context["entries"] = int(spec.tensor(tensor).shape[table].value)  # type: ignore[attr-defined]  # a Const
+        context["entry"] = after.index(x.load, table)
+        context["entry_dim"] = table
+    context["after_lines"] = after.lines(0)
+    return context
+
+
+def _split(number: str, axes: Sequence[str], heads: int) -> list[tuple[str, str]]:
+    """The indices along `axes` that a counter stands for."""
+    return (
+        [("b", f"{number} // {heads}"), ("h", f"{number} % {heads}")] if len(axes) == 2 else [(a, number) for a in axes]
+    )
+
+
+def stores_pairs(spec: AttentionSpec, load: Load) -> bool:
+    """Whether every pair reads an element of its own, so that gradients are stored and not added up."""
+    shape = spec.tensor(load.tensor).shape
+    bare = [index for index, size in zip(load.index, shape, strict=True) if size != Const(1)]
+    names = [index.name for index in bare if isinstance(index, Axis)]
+    others = sum(n.tensor == load.tensor for n in loads_of(spec.program))
+    sink = spec.normaliser.sink
+    shared = sink is not None and any(n.tensor == load.tensor for n in loads_of(sink))
+    return len(names) == len(bare) and len(set(names)) == len(names) and others == 1 and not shared
+
+
+def _table_dimension(spec: AttentionSpec, x: Learned) -> int | None:
+    """The one dimension, short and of fixed size, that varies within a tile; None if there is none such."""
+    varying = [dim for dim, index in enumerate(x.load.index) if axes_of(index) & {"i", "j"}]
+    if len(varying) != 1:
+        return None
+    size = spec.tensor(x.load.tensor).shape[varying[0]]
+    return varying[0] if isinstance(size, Const) and int(size.value) <= _ENTRIES else None
+
+
+def pair_kernels(spec: AttentionSpec) -> tuple[Learned, ...]:
+    """The learned reads that have a kernel ``pairs_n`` of their own, in order."""
+    return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair)
+
+
+def _blocks(plan: Plan, kernel: str) -> dict[str, Any]:
+    tile = plan.params[kernel]
+    return {"block_m": tile["block_m"], "block_n": tile["block_n"]}
