@@ -8,6 +8,7 @@ passes here, by a configuration that is scoped to the compilation.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from attncomp.errors import OptionsError
+from attncomp.errors import AttncompError, OptionsError
 from attncomp.passes.rewrite import Rewritten, rewrite
 from attncomp.policy import Policy, check_variants, load_policy
-from attncomp.report import record
+from attncomp.report import Report, record
+
+log = logging.getLogger("attncomp")
 
 OWN_OPTIONS = ("policy", "executor", "verify")
 EXECUTORS = ("inductor", "eager")
@@ -82,15 +85,21 @@ def run_passes(
     if loaded.cache.dir is not None or loaded.cache.max_size is not None:
         configure_default_cache(loaded.cache.dir, loaded.cache.max_size)
     fingerprint = sources_fingerprint()
-    return rewrite(
-        graph,
-        example_inputs,
-        policy=loaded,
-        variants=VARIANTS,
-        fingerprints={v.name: fingerprint for v in VARIANTS},
-        check_values=check_values,
-        apply=apply,
-    )
+    try:
+        return rewrite(
+            graph,
+            example_inputs,
+            policy=loaded,
+            variants=VARIANTS,
+            fingerprints={v.name: fingerprint for v in VARIANTS},
+            check_values=check_values,
+            apply=apply,
+        )
+    except AttncompError:
+        raise
+    except Exception as error:  # never worse: a fault of ours leaves the model to inductor
+        log.exception("attncomp failed on a graph, which goes to inductor as it is")
+        return Rewritten(None, Report((), f"error: {type(error).__name__}: {error}", policy=loaded.canonical()))
 
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -32,17 +32,28 @@ _plans: dict[str, tuple[Plan, KernelVariant]] = {}
 _lock = threading.Lock()
 
 
-def register_plan(plan: Plan, variant: KernelVariant) -> str:
+def register_plan(plan: Plan) -> str:
     """Make `plan` runnable in this process and, through the cache, in later ones; returns its digest."""
     digest = plan.digest
-    with _lock:
-        known = digest in _plans
-        _plans[digest] = (plan, variant)
-    if not known:
+    if digest not in _plans:
         from attncomp.codegen.cache import default_cache
 
+        with _lock:
+            _plans[digest] = (plan, _variant(plan))
         default_cache().put_plan(digest, plan.to_json())
     return digest
+
+
+def _variant(plan: Plan) -> KernelVariant:
+    from attncomp.codegen.variants import VARIANTS
+
+    found = next((v for v in VARIANTS if v.name == plan.variant and isinstance(v, KernelVariant)), None)
+    if found is None:
+        raise CacheError(
+            f"plan {plan.digest[:12]} needs the variant {plan.variant!r}, which this version of attncomp does not have",
+            fix="Compile the model again with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1",
+        )
+    return found
 
 
 def resolve(digest: str) -> tuple[Plan, KernelVariant]:
@@ -55,19 +66,15 @@ def resolve(digest: str) -> tuple[Plan, KernelVariant]:
     if found is not None:
         return found
     from attncomp.codegen.cache import default_cache
-    from attncomp.codegen.variants import VARIANTS
 
     data = default_cache().get_plan(digest)
     if data is None:
         raise CacheError(
-            f"a compiled graph asks for attention plan {digest[:12]}, which is neither in this process nor in the cache directory. "
-            "Compile the model again: clear torch's graph cache (torch.compiler.reset() and TORCHINDUCTOR_FORCE_DISABLE_CACHES=1), "
-            "or restore attncomp's cache directory."
+            f"a compiled graph asks for the attention plan {digest[:12]}, which is neither in this process nor in the cache directory",
+            fix="Compile again with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, or restore attncomp's cache directory",
         )
     plan = Plan.from_json(data)
-    variant = next((v for v in VARIANTS if v.name == plan.variant and isinstance(v, KernelVariant)), None)
-    if variant is None:
-        raise CacheError(f"plan {digest[:12]} needs the variant {plan.variant!r}, which this version of attncomp does not have.")
+    variant = _variant(plan)
     with _lock:
         _plans[digest] = (plan, variant)
     return plan, variant
@@ -82,7 +89,7 @@ def attention(
     sizes: Sequence[int],
 ) -> torch.Tensor:
     """What a kernel variant's `build` calls: one differentiable operator call; returns the output (B, H, Tq, E)."""
-    out: torch.Tensor = torch.ops.attncomp.attention(q, k, v, list(captured), list(sizes), plan.digest)[0]
+    out: torch.Tensor = torch.ops.attncomp.attention(q, k, v, list(captured), list(sizes), register_plan(plan))[0]
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -750,11 +750,14 @@ def _triangle(lower: bool) -> Rule:
 
 def _cat(reader: Reader, node: Node, index: Index) -> Expr | None:
     tensors = node.args[0]
-    d = _dim(int(argument(node, 1, "dim", 0)), len(index))
+    return _joined(reader, tensors, _dim(int(argument(node, 1, "dim", 0)), len(index)), index)  # type: ignore[arg-type]
+
+
+def _joined(reader: Reader, tensors: Sequence[Any], d: int, index: Index) -> Expr | None:
+    """An element of tensors joined along dimension d."""
     pieces: list[tuple[Expr, Node, Expr]] = []
     start: Expr = ZERO
-    for t in tensors:  # type: ignore[union-attr]
-        assert isinstance(t, Node)
+    for t in tensors:
         if value_of(t).dim() != len(index):  # torch allows an empty 1-D tensor anywhere
             continue
         size = shape_of(t)[d]
@@ -772,6 +775,19 @@ def _cat(reader: Reader, node: Node, index: Index) -> Expr | None:
         value = reader.at(t, inner)
         result = value if result is None else where(here, value, result)
     return result
+
+
+def _diff(reader: Reader, node: Node, index: Index) -> Expr | None:
+    """``torch.diff`` of first order, with what is put before and after."""
+    if argument(node, 1, "n", 1) != 1 or value_of(node).dtype not in _EXACT_INTEGERS:
+        return None
+    d = _dim(int(argument(node, 2, "dim", -1)), len(index))
+    parts = [t for t in (argument(node, 3, "prepend"), node.args[0], argument(node, 4, "append")) if t is not None]
+    after = (*index[:d], add(index[d], ONE), *index[d + 1 :])
+    high, low = _joined(reader, parts, d, after), _joined(reader, parts, d, index)
+    if high is None or low is None:
+        return None
+    return sub(high, low)
 
 
 def _stack(reader: Reader, node: Node, index: Index) -> Expr | None:
@@ -941,6 +957,7 @@ _RULES: dict[str, Rule] = {
     "tril": _triangle(True),
     "triu": _triangle(False),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    "diff": _diff,
     "stack": _stack,
     "index": _gather_index,
     "arange": _arange,

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.expr import (
-    Axis, Const, Expr, Load, Op, Score, Sum, Weight, add, axes_of, contains, floordiv, ge, loads_of, mul, substitute, to_float, where
+    Axis, Const, Expr, Load, Op, Score, Sum, Weight, add, axes_of, contains, floordiv, ge, loads_of, mul, op, substitute, to_float, where
 )
 from attncomp.passes.contraction import contract, is_contraction, summed_size
 from attncomp.passes.indexing import Index, Reader, argument, name_of, shape_of, value_of
@@ -286,10 +286,7 @@ def _lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
 
     if scale is None:
         width = extents["d"]
-        if not isinstance(width, Const):
-            yield Rejection("symbolic-width", "the default scale needs a head width that is known")
-        assert isinstance(width, Const)
-        factor: Expr = Const(float(width.value) ** -0.5)
+        factor: Expr = Const(float(width.value) ** -0.5) if isinstance(width, Const) else op("rsqrt", to_float(width))
     else:
         factor = reader.scalar(scale)
     score = Load(f"{node.name}.scores", (*batch, i, J), "float")

@@ -198,13 +198,10 @@ def _plain_program(spec: AttentionSpec) -> Any:
 
 def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool) -> Rejection | None:
     assert choice.plan is not None and choice.variant is not None
-    register = getattr(choice.variant, "prepare", None)
-    if register is not None:
-        register(choice.plan)
     try:
         new = lower(graph, site, choice.plan, choice.variant)
     except Exception as error:  # a variant that can't be traced must not cost the user the model
-        return Rejection("lowering-failed", f"{type(error).__name__}: {error}")
+        return Rejection("error", f"the {choice.variant.name} variant could not be traced: {type(error).__name__}: {error}")
     if isinstance(new, Rejection):
         return new
     problem = verify_metadata(site.output, new)
