@@ -6,25 +6,46 @@ torch operators elsewhere (and for float64). `docs/linear.md` has the mathematic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attncomp.codegen import chunked_linear_aten as aten
+from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.head_factors import evaluate_factors
+from attncomp.codegen.linear_chunk_source import SHORTEST_SEGMENT, tile_width
 from attncomp.codegen.linear_form import LinearForm, recognise, recognise_program
 from attncomp.codegen.ops import attention
 from attncomp.cost import Efficiency, Work
+from attncomp.expr import Const
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+
+if TYPE_CHECKING:
+    from attncomp.codegen.chunked_linear_triton import Launcher
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ATEN_CHUNK = 128
 ATEN_LAUNCHES = {"forward": 10, "backward": 30}
 """Operators for each chunk, counted in `chunked_linear_aten`."""
 
-# Prior estimates, to be calibrated: products of one chunk are small, and their results pass through memory.
+WIDEST = 256
+TILES = (
+    (64, 128, 8, 2),
+    (64, 64, 4, 2),
+    (64, 64, 8, 1),
+    (32, 64, 4, 1),
+    (32, 32, 4, 1),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)
+"""(chunk, columns of v in one program, num_warps, num_stages) of the generated kernels, in order of preference."""
+
+# Prior estimates, to be calibrated. Generated kernels wait for the state of one chunk before the next; with torch
+# operators, the products of one chunk are small, and their results pass through memory.
+TRITON_EFFICIENCY = Efficiency(compute=0.3, bandwidth=0.6)
 ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.5, bandwidth=0.8), "cuda": Efficiency(compute=0.1, bandwidth=0.4)}
 
 
@@ -49,7 +70,11 @@ class ChunkedLinear:
         found = _learned(spec, form) or _dtypes(spec)
         if found is not None:
             return found
-        return Offer({"backend": "aten", "chunk": ATEN_CHUNK}, _aten_work(request, ATEN_CHUNK), "torch operators")
+        why_not = _not_triton(request)
+        if why_not:
+            return Offer({"backend": "aten", "chunk": ATEN_CHUNK}, _aten_work(request), f"torch operators: {why_not}")
+        tiles = tiles_for(spec, request.hardware.shared_memory)
+        return Offer({"backend": "triton", **tiles}, _triton_work(request, tiles), "generated Triton")
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +98,8 @@ class ChunkedLinear:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if plan.params["backend"] == "triton":
+            return _launcher(plan).forward(q, k, v, captured, sizes)
         return aten.forward(_aten_sweep(plan, q, captured, sizes), q, k, v)
 
     def backward(
@@ -87,6 +114,8 @@ class ChunkedLinear:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> list[torch.Tensor]:
+        if plan.params["backend"] == "triton":
+            return _launcher(plan).backward(grad_out, out, lse, q, k, v, captured, sizes)
         return list(aten.backward(_aten_sweep(plan, q, captured, sizes), grad_out, out, q, k, v))
 
 
@@ -100,6 +129,12 @@ def form_of(plan: Plan) -> LinearForm:
     if isinstance(form, Rejection):
         raise ValueError(f"chunked_linear was planned for a spec that it rejects: {form}")
     return form
+
+
+def _launcher(plan: Plan) -> Launcher:
+    from attncomp.codegen.chunked_linear_triton import launcher  # Triton is optional
+
+    return launcher(plan, form_of(plan))
 
 
 def _learned(spec: AttentionSpec, form: LinearForm) -> Rejection | None:
@@ -131,10 +166,69 @@ def linear_flops(rows: float, chunk: int, d: int, e: int) -> float:
     return 2.0 * rows * (chunk * (d + e) + 2 * d * e)
 
 
-def _aten_work(request: Request, chunk: int) -> Work:
+def _not_triton(request: Request) -> str:
+    """Why the generated kernels do not serve this request; empty if they do."""
+    spec = request.spec
+    if not has_triton():
+        return "the triton package is not installed"
+    if request.device == "cpu" and not interprets():
+        return "on a CPU"
+    if request.device == "cuda" and request.hardware.capability < (8, 0):
+        return "the generated kernels need compute capability 8.0"
+    if spec.dtype == "float64":
+        return "the generated kernels have no float64"
+    for axis in ("h", "d", "e"):
+        size = spec.size(axis)
+        if not isinstance(size, Const) or (axis != "h" and int(size.value) > WIDEST):
+            return f"the generated kernels hold states of fixed width up to {WIDEST}; {axis} is {size}"
+    return ""
+
+
+def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
+    """Tile sizes and launch options of the generated kernels: the first of `TILES` that fits a block's shared memory.
+
+    shared_memory: bytes; 0 (the interpreter's) takes the first.
+    """
+    widths = [tile_width(int(size.value)) for size in (spec.size("d"), spec.size("e")) if isinstance(size, Const)]
+    element = DTYPE_BYTES[spec.dtype]
+    working = 2 if spec.dtype == "bfloat16" else 4
+    precision = "tf32x3" if spec.dtype == "float32" else "ieee"
+    tiles: dict[str, Any] = {}
+    for chunk, block_y, num_warps, num_stages in TILES:
+        y = min(max(widths), block_y)
+        tiles = {"chunk": chunk, "block_y": y, "num_warps": num_warps, "num_stages": num_stages, "precision": precision}
+        loaded = chunk * (2 * max(widths) + y) * element * num_stages
+        kept = (max(widths) * y + chunk * (chunk + y)) * working + chunk * max(widths) * (working - element)
+        if loaded + kept <= shared_memory or not shared_memory:
+            break
+    return tiles
+
+
+def _triton_work(request: Request, tiles: Mapping[str, Any]) -> Work:
     n, spec = request.hints, request.spec
     b, h, t, d, e = (n[axis] for axis in ("b", "h", "i", "d", "e"))
-    chunk = min(chunk, max(t, 1))
+    rows, element = float(b * h * t), DTYPE_BYTES[spec.dtype]
+    key_rows = rows / (spec.group or 1)
+    segmented = t > 2 * SHORTEST_SEGMENT * int(tiles["chunk"])
+    launches = 3 if segmented else 1
+    rate = {"float32": "tf32", "bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
+    flops = linear_flops(rows, int(tiles["chunk"]), d, e) * (3 if tiles["precision"] == "tf32x3" else 1)
+    reads = 2 if segmented else 1  # keys and values: once for the segments' states, once for the sweep
+    traffic = (rows * (d + e) + reads * key_rows * (d + e)) * element
+
+    def step(flops: float, traffic: float, launches: int) -> Work:
+        return Work(flops, traffic, launches, 0.0, TRITON_EFFICIENCY.compute, TRITON_EFFICIENCY.bandwidth, rate)
+
+    work = step(flops, traffic, launches)
+    if spec.training:
+        work += step(3 * flops, 3 * (1 + reads) * rows * (d + e) * element, 3 * launches)
+    return work
+
+
+def _aten_work(request: Request) -> Work:
+    n, spec = request.hints, request.spec
+    b, h, t, d, e = (n[axis] for axis in ("b", "h", "i", "d", "e"))
+    chunk = min(ATEN_CHUNK, max(t, 1))
     chunks = -(-t // chunk)
     rows = float(b * h * t)
     dtype = "fp64" if spec.dtype == "float64" else "fp32"
