@@ -1,4 +1,4 @@
-"""Boxes of an attention's index space: how it is cut into blocks, what a block reads, and where a block's gradients go."""
+"""Blocks of an attention's index space: how it is cut, what a block reads, and where its gradients go."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A block: ranges of batch, query head, query and key. `inside`: every key of it lies in the proven range of all its rows."""
+    """A block: ranges of batch, query head, query and key. `inside`: all its rows have all its keys in range."""
 
     b: Range
     h: Range
@@ -79,7 +79,7 @@ def key_range(proof: MaskProof, symbols: Mapping[str, int], key_length: int, fir
 
 
 def block_rows(proof: MaskProof, symbols: Mapping[str, int], queries: int, keys: int) -> int:
-    """Query rows of one block: a quarter of a row's key range, so that a window's block computes at most 5/4 of what it needs."""
+    """Query rows of one block: a quarter of a row's key range, so that a window's blocks compute 5/4 of it."""
     middle = max(0, (queries - 1) // 2)
     start, stop = key_range(proof, symbols, keys, middle, middle)
     rows = MIN_ROWS
@@ -93,9 +93,9 @@ MAX_ROWS = 256
 
 
 def boxes(site: Site, group: int, elements: int, *, restricted: bool) -> Iterator[Box]:
-    """The blocks that cover the attention: whole groups of heads, about `elements` scores each, keys limited to the proven range.
+    """The blocks that cover the attention: whole groups of heads, about `elements` scores each, keys of proven ranges.
 
-    With `restricted` false every block has all keys. A block without keys gets one, so that its rows are computed like others.
+    With `restricted` false every block has all keys. A block without keys gets one, so that its rows are like others.
     """
     proof, size = site.plan.proof, site.size
     keys, queries = size["j"], size["i"]
@@ -132,7 +132,7 @@ def add_at(target: torch.Tensor, grad: torch.Tensor, starts: Sequence[int]) -> N
 
 
 def add_to_load(target: torch.Tensor, load: Load, grad: torch.Tensor, grid: Grid) -> None:
-    """Add `grad`, the gradient of each value that `load` gave over the grid's box, to the elements of `target` that it read."""
+    """Add `grad`, the gradient of each value that `load` gave over the grid, to those elements of `target`."""
     names = list(grid.axes)
     used = axes_of(load)
     unused = [dim for dim, name in enumerate(names) if name not in used]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from attncomp.spec import AXES, AttentionSpec
 
 
 def integer(e: Expr, symbols: Mapping[str, int], axes: Mapping[str, int] | None = None) -> int:
-    """The value of an integer expression at one point: `symbols` gives run-time sizes, `axes` indices. SymInts stay SymInts.
+    """The value of an integer expression at one point: `symbols` gives run-time sizes, `axes` indices; or a SymInt.
 
     Raises:
         ValueError: `e` reads a tensor or an axis that is not given.
@@ -28,9 +29,15 @@ def integer(e: Expr, symbols: Mapping[str, int], axes: Mapping[str, int] | None 
     if isinstance(e, Op):
         args = [integer(a, symbols, axes) for a in e.args]
         if e.name in ("minimum", "maximum"):  # Python's min and max would ask a symbolic size for its value
-            return (torch.sym_min if e.name == "minimum" else torch.sym_max)(*args)  # type: ignore[no-any-return]
+            return _extremum(e.name, *args)
         return OPS[e.name].fold(*args)  # type: ignore[return-value]  # an integer expression folds to an integer
     raise ValueError(f"not an integer at one point: {e}")
+
+
+def _extremum(name: str, x: int, y: int) -> int:
+    extremum: Any = torch.sym_min if name == "minimum" else torch.sym_max
+    result: int = extremum(x, y)
+    return result
 
 
 def extents(
@@ -65,9 +72,9 @@ def score_grid(
 
 
 def additive_mask(bias: Expr, mask: Expr, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-    """`bias` where `mask` holds, -inf elsewhere: four dimensions (b, h, i, j), size 1 along axes that neither depends on, contiguous.
+    """`bias` where `mask` holds, -inf elsewhere: contiguous (b, h, i, j), of size 1 along axes that neither depends on.
 
-    Finite values that `dtype` cannot hold become its largest finite ones, so that ``finfo(float32).min`` never turns into -inf.
+    Finite values that `dtype` cannot hold become its largest, so that ``finfo(float32).min`` never turns into -inf.
     """
     value = evaluate_tensor(bias, grid)
     if dtype.itemsize < value.dtype.itemsize:
@@ -98,7 +105,7 @@ def learned_loads(spec: AttentionSpec, *parts: Expr) -> tuple[str, ...]:
 
 
 def exact_in(e: Expr, dtype: str, spec: AttentionSpec) -> bool:
-    """Whether every value of the float expression `e` survives a cast to `dtype`: stored values and constants do, arithmetic may not."""
+    """Whether all values of the float expression `e` survive a cast to `dtype`: stored ones do, arithmetic may not."""
     if isinstance(e, Const):
         value = float(e.value)
         kept = torch.tensor(value, dtype=torch.float64).to(getattr(torch, dtype)).item()

@@ -5,7 +5,15 @@ from __future__ import annotations
 from attncomp.codegen.variants.blocked import BLOCKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.tiled import TILED
-from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH
+from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
 from attncomp.variant import Variant
 
-VARIANTS: tuple[Variant, ...] = (VENDOR_CPU_FLASH, CHUNKED_LINEAR, TILED, BLOCKED)
+VARIANTS: tuple[Variant, ...] = (
+    VENDOR_CPU_FLASH,
+    VENDOR_CUDNN,
+    VENDOR_FLASH,
+    VENDOR_EFFICIENT,
+    CHUNKED_LINEAR,
+    TILED,
+    BLOCKED,
+)

@@ -1,7 +1,7 @@
 """Attention in blocks of queries, in plain ATen: any program, mask and normaliser, exact, forward and backward.
 
-Each block holds its scores against the keys of its proven range, so memory is (block x keys) and a window costs what it covers. This is
-how attention that no fused kernel takes runs on a CPU, and the last resort elsewhere.
+Each block holds its scores against the keys of its proven range, so memory is (block x keys) and a window costs what it
+covers. This is how attention that no fused kernel takes runs on a CPU, and the last resort elsewhere.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from attncomp.codegen.blocks import Box, Site, add_at, add_to_load, block_rows, boxes, key_range
-from attncomp.codegen.materialise import extents, integer
+from attncomp.codegen.materialise import extents
 from attncomp.cost import Work
 from attncomp.derivative import derivative
 from attncomp.evaluate import evaluate_tensor
-from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, walk
+from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, loads_of, walk
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Offer, Rejection, Request
@@ -179,10 +179,7 @@ def _backward_block(
     else:
         mean = (d_weight * w.weight).sum(-1, keepdim=True)
         d_program = d_weight - mean
-        if w.total is not None:
-            d_program = d_program / w.total
-        else:
-            d_program = d_program * w.weight
+        d_program = d_program / w.total if w.total is not None else d_program * w.weight
         if w.sink is not None and spec.normaliser.sink is not None:
             sink, grid = spec.normaliser.sink, site.grid({**ranges, "j": (0, 1)})
             for load in learned_in(sink, grads):
@@ -257,7 +254,7 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None, outside: float) -> torch
 
 
 class Operands:
-    """Blocks of q, k and v in the compute dtype. Key heads shared by a group of query heads are read once: rows of the group are folded."""
+    """Blocks of q, k and v in the compute dtype. A key head is read once for its group: the group's rows are folded."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -328,7 +325,7 @@ def operands(spec: AttentionSpec) -> tuple[Load, Load, Load] | None:
 
 
 def restricted(spec: AttentionSpec) -> bool:
-    """Whether pairs outside the mask add nothing, so that a block may leave them out: not if the weight program lifts zeros."""
+    """Whether pairs outside the mask add nothing and may be left out: not so if the weight program lifts zeros."""
     return _vanishes(spec.weight)
 
 

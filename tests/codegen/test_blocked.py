@@ -1,4 +1,4 @@
-"""Blocked attention against the dense reference in float64: forward, gradients, and work in proportion to what a window covers."""
+"""Blocked attention against the dense reference in float64: forward, gradients, and work that a window covers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from attncomp.expr import (
     ONE,
     TRUE,
     ZERO,
-    Axis,
     Const,
     Expr,
     Load,
@@ -48,6 +47,7 @@ from attncomp.variant import KernelVariant, Offer, Rejection, Request
 
 CPU = Hardware("test", "cpu", (0, 0), 1, 1e10, Peak(1e11, 1e11, 1e11, 1e11, 5e10), 1e9, 0, 0, 4e-6)
 S = Score()
+WEIGHT = Weight()
 N = 70
 """Rows: more than two blocks of the smallest size, and not a multiple of it."""
 
@@ -57,7 +57,7 @@ def captured(name: str, *shape: int, dtype: str = "float64", learned: bool = Fal
 
 
 def spec_of(
-    mask: Expr = TRUE, tensors: Sequence[TensorInfo] = (), weight: Expr = Weight(), **changes: Any
+    mask: Expr = TRUE, tensors: Sequence[TensorInfo] = (), weight: Expr = WEIGHT, **changes: Any
 ) -> AttentionSpec:
     settings: dict[str, Any] = {
         "batch": 2,
@@ -123,7 +123,8 @@ CASES = (
     case("chunk", spec_of(and_(CAUSAL, ge(J, CHUNK))), CHUNK, NEXT),
     case("prefix", spec_of(or_(lt(J, Const(24)), CAUSAL)), hi=maximum(Const(24), NEXT)),
     case("softcap", spec_of(CAUSAL, program=mul(op("tanh", mul(S, Const(0.2))), Const(5.0))), hi=NEXT),
-    case("learned slopes", spec_of(CAUSAL, [captured("c0", 4, learned=True)], program=add(SCALED, mul(SLOPE, DISTANCE))), hi=NEXT),
+    case("learned slopes", spec_of(CAUSAL, [captured("c0", 4, learned=True)],
+         program=add(SCALED, mul(SLOPE, DISTANCE))), hi=NEXT),
     case("learned buckets", spec_of(tensors=[captured("c0", 16, 4, learned=True)],
          program=add(SCALED, Load("c0", (BUCKET, H))))),
     case("learned dense bias", spec_of(tensors=[captured("c0", 1, 4, N, N, learned=True)],
@@ -176,13 +177,30 @@ def plan_of(spec: AttentionSpec, mask: MaskProof, elements: int = 4096) -> Plan:
     return Plan(spec, mask, BLOCKED.name, {"elements": elements})
 
 
+def reference(spec: AttentionSpec, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    q, k, v, *others = tensors
+    return attention_reference(spec, q, k, v, others)
+
+
+def forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, *others = tensors
+    return BLOCKED.forward(plan, q, k, v, others, ())
+
+
+def backward(
+    plan: Plan, upstream: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tensors: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    q, k, v, *others = tensors
+    return BLOCKED.backward(plan, upstream, out, lse, q, k, v, others, ())
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_forward_and_gradients_are_the_references(case: Case) -> None:
     spec, plan = case.spec, plan_of(case.spec, case.proof)
     tensors = made(spec)
-    expected = attention_reference(spec, *tensors[:3], captured=tensors[3:])
+    expected = reference(spec, tensors)
     with torch.no_grad():
-        out, lse = BLOCKED.forward(plan, *tensors[:3], captured=tensors[3:], sizes=())
+        out, lse = forward(plan, tensors)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-11)
     assert out.transpose(1, 2).is_contiguous()
     assert lse.shape == (out.shape[:3] if spec.kind == "softmax" else (0,))
@@ -190,7 +208,7 @@ def test_forward_and_gradients_are_the_references(case: Case) -> None:
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     right = torch.autograd.grad(expected, leaves, upstream)
     with torch.no_grad():
-        found = BLOCKED.backward(plan, upstream, out, lse, *tensors[:3], captured=tensors[3:], sizes=())
+        found = backward(plan, upstream, out, lse, tensors)
     assert len(found) == len(right)
     for a, b in zip(found, right, strict=True):
         assert a.is_contiguous()
@@ -205,14 +223,14 @@ def test_narrow_inputs_are_computed_in_float32(name: str, dtype: str, limit: flo
     spec = replace(base.spec, tensors=tensors, dtype=dtype)
     plan = plan_of(spec, base.proof)
     inputs = [t.detach() for t in made(spec)]
-    out, lse = BLOCKED.forward(plan, *inputs[:3], captured=inputs[3:], sizes=())
+    out, lse = forward(plan, inputs)
     assert out.dtype == inputs[0].dtype
     assert lse.dtype == torch.float32
     wide = [t.double().requires_grad_() for t in inputs]
-    expected = attention_reference(spec, *wide[:3], captured=wide[3:])
+    expected = reference(spec, wide)
     assert (out.double() - expected).norm() <= limit * expected.norm()
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    found = BLOCKED.backward(plan, upstream, out, lse, *inputs[:3], captured=inputs[3:], sizes=())
+    found = backward(plan, upstream, out, lse, inputs)
     for a, b in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
         assert a.dtype == out.dtype
         assert (a.double() - b).norm() <= limit * b.norm()
@@ -222,8 +240,8 @@ def test_rows_without_keys_are_nan_where_the_user_gets_nan() -> None:
     base = next(c for c in CASES if c.name == "empty rows are zero")
     spec = replace(base.spec, normaliser=Normaliser(empty="nan"))
     tensors = [t.detach() for t in made(spec)]
-    out, lse = BLOCKED.forward(plan_of(spec, base.proof), *tensors[:3], captured=tensors[3:], sizes=())
-    expected = attention_reference(spec, *tensors[:3], captured=tensors[3:])
+    out, lse = forward(plan_of(spec, base.proof), tensors)
+    expected = reference(spec, tensors)
     assert out[:, :, :3].isnan().all()
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert (lse[:, :, :3] == -math.inf).all()
@@ -234,8 +252,8 @@ def test_masked_scores_do_not_reach_gradients() -> None:
     spec = spec_of(CAUSAL, program=mul(S, op("exp", mul(DISTANCE, Const(50.0)))), normaliser=Normaliser("none"))
     tensors = [t.detach() for t in made(spec)]
     plan = plan_of(spec, proof(spec, hi=NEXT))
-    out, lse = BLOCKED.forward(plan, *tensors, captured=(), sizes=())
-    grads = BLOCKED.backward(plan, out, out, lse, *tensors, captured=(), sizes=())
+    out, lse = forward(plan, tensors)
+    grads = backward(plan, out, out, lse, tensors)
     assert all(g.isfinite().all() for g in (out, *grads))
 
 
@@ -246,17 +264,38 @@ def accessed(spec: AttentionSpec, q: Load, k: Load, v: Load, *shapes: tuple[int,
 
 
 PAGE = Load("c0", (B, floordiv(J, Const(10))), "int")
+QUERY, KEY, VALUE = Load("q", (B, H, I, D)), Load("k", (B, H, J, D)), Load("v", (B, H, J, E))
+SHARED = floordiv(H, Const(2))
+OF_PAGE = mod(J, Const(10))
+SHAPE = (2, 4, N, 8)
 ACCESSES = (
-    ("keys of one batch", accessed(spec_of(kv_heads=2), Load("q", (B, H, I, D)), Load("k", (ZERO, floordiv(H, Const(2)), J, D)),
-        Load("v", (ZERO, floordiv(H, Const(2)), J, E)), (2, 4, N, 8), (1, 2, N, 8), (1, 2, N, 8))),
-    ("query of one batch", accessed(spec_of(), Load("q", (ZERO, H, I, D)), Load("k", (B, H, J, D)),
-        Load("v", (B, H, J, E)), (1, 4, N, 8), (2, 4, N, 8), (2, 4, N, 8))),
-    ("pages", accessed(spec_of(tensors=[captured("c0", 2, 7, dtype="int64")]), Load("q", (B, H, I, D)),
-        Load("k", (PAGE, H, mod(J, Const(10)), D)), Load("v", (PAGE, H, mod(J, Const(10)), E)),
-        (2, 4, N, 8), (9, 4, 10, 8), (9, 4, 10, 8))),
-    ("values by other heads", accessed(spec_of(), Load("q", (B, H, I, D)), Load("k", (B, H, J, D)),
-        Load("v", (B, sub(Const(3), H), J, E)))),
-)  # fmt: skip
+    (
+        "keys of one batch",
+        accessed(
+            spec_of(kv_heads=2),
+            QUERY,
+            Load("k", (ZERO, SHARED, J, D)),
+            Load("v", (ZERO, SHARED, J, E)),
+            SHAPE,
+            (1, 2, N, 8),
+            (1, 2, N, 8),
+        ),
+    ),
+    ("query of one batch", accessed(spec_of(), Load("q", (ZERO, H, I, D)), KEY, VALUE, (1, 4, N, 8), SHAPE, SHAPE)),
+    (
+        "pages",
+        accessed(
+            spec_of(tensors=[captured("c0", 2, 7, dtype="int64")]),
+            QUERY,
+            Load("k", (PAGE, H, OF_PAGE, D)),
+            Load("v", (PAGE, H, OF_PAGE, E)),
+            SHAPE,
+            (9, 4, 10, 8),
+            (9, 4, 10, 8),
+        ),
+    ),
+    ("values of other heads", accessed(spec_of(), QUERY, KEY, Load("v", (B, sub(Const(3), H), J, E)))),
+)
 
 
 @pytest.mark.parametrize("spec", [s for _, s in ACCESSES], ids=[n for n, _ in ACCESSES])
@@ -264,11 +303,11 @@ def test_any_access_is_read_and_gets_its_gradient(spec: AttentionSpec) -> None:
     assert isinstance(BLOCKED.accept(request(spec, proof(spec))), Offer)
     plan = plan_of(spec, proof(spec))
     tensors = made(spec)
-    expected = attention_reference(spec, *tensors[:3], captured=tensors[3:])
+    expected = reference(spec, tensors)
     given = [t.detach() for t in tensors]
-    out, lse = BLOCKED.forward(plan, *given[:3], captured=given[3:], sizes=())
+    out, lse = forward(plan, given)
     torch.testing.assert_close(out, expected.detach(), atol=1e-12, rtol=1e-11)
-    found = BLOCKED.backward(plan, out, out, lse, *given[:3], captured=given[3:], sizes=())
+    found = backward(plan, out, out, lse, given)
     for a, b in zip(found, torch.autograd.grad(expected, tensors[:3], out), strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-10)
@@ -280,7 +319,7 @@ def request(spec: AttentionSpec, mask: MaskProof) -> Request:
 
 
 def test_work_is_what_the_window_covers() -> None:
-    """Counted products, and the offer's estimate of them, at 1/8 of the dense work, up to the part of a block outside the window."""
+    """Counted products, and the offer's estimate of them, are 1/8 of the dense work and a rim."""
     length, window = 1024, 128
     mask = and_(CAUSAL, lt(sub(I, J), Const(window)))
     spec = spec_of(mask, query=length, key=length, heads=1, batch=1, dtype="float32")
@@ -290,14 +329,14 @@ def test_work_is_what_the_window_covers() -> None:
     tensors = [t.detach() for t in made(spec)]
     plan = Plan(spec, limits, BLOCKED.name, offer.params)
     dense = 2 * length * length * 8  # of one product
-    with FlopCounterMode(display=False) as forward:
-        out, lse = BLOCKED.forward(plan, *tensors, captured=(), sizes=())
-    with FlopCounterMode(display=False) as backward:
-        BLOCKED.backward(plan, out, out, lse, *tensors, captured=(), sizes=())
+    with FlopCounterMode(display=False) as there:
+        out, lse = forward(plan, tensors)
+    with FlopCounterMode(display=False) as back:
+        backward(plan, out, out, lse, tensors)
     covered = window / length
-    assert covered * 0.9 <= forward.get_total_flops() / (2 * dense) <= covered * 1.3
-    assert covered * 0.9 <= backward.get_total_flops() / (5 * dense) <= covered * 1.3
-    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert covered * 0.9 <= there.get_total_flops() / (2 * dense) <= covered * 1.3
+    assert covered * 0.9 <= back.get_total_flops() / (5 * dense) <= covered * 1.3
+    counted = there.get_total_flops() + back.get_total_flops()
     assert offer.work.total_flops == pytest.approx(counted, rel=0.02)
 
 

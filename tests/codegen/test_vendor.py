@@ -1,16 +1,24 @@
-"""SDPA kernels as variants: what they accept, and that `build` computes the spec, traced, compiled and differentiated."""
+"""SDPA kernels as variants: what they accept; that `build` computes the spec, traced, compiled, differentiated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, SdpaKernel
+from attncomp.codegen.sdpa import SdpaKernel
+from attncomp.codegen.variants.vendor import (
+    VENDOR_CPU_FLASH,
+    VENDOR_CUDNN,
+    VENDOR_EFFICIENT,
+    VENDOR_FLASH,
+)
+from attncomp.cost import predict_ms
 from attncomp.expr import (
     ONE,
     TRUE,
@@ -32,11 +40,11 @@ from attncomp.expr import (
     op,
     sub,
 )
-from attncomp.hardware import H100_SXM, Hardware, Peak
+from attncomp.hardware import A100_80GB, H100_SXM, Hardware, Peak
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
-from attncomp.spec import B, H, I, J, AttentionSpec, Normaliser, TensorInfo, plain_spec
+from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.variant import Offer, Rejection, Request
 
 CPU = Hardware("test", "cpu", (0, 0), 1, 1e10, Peak(1e11, 1e11, 1e11, 1e11, 5e10), 1e9, 0, 0, 4e-6)
@@ -59,12 +67,13 @@ def request(spec: AttentionSpec, proof: MaskProof, device: str = "cpu", hardware
 
 
 def planned(variant: SdpaKernel, spec: AttentionSpec, proof: MaskProof) -> Plan:
-    offer = variant.accept(request(spec, proof))
+    cuda = variant.devices == ("cuda",)
+    offer = variant.accept(request(spec, proof, "cuda", H100_SXM) if cuda else request(spec, proof))
     assert isinstance(offer, Offer), offer
     return Plan(spec, proof, variant.name, offer.params)
 
 
-def inputs(spec: AttentionSpec, learned: bool = True) -> list[torch.Tensor]:
+def inputs(spec: AttentionSpec) -> list[torch.Tensor]:
     torch.manual_seed(0)
     made = []
     for info in spec.tensors:
@@ -72,6 +81,16 @@ def inputs(spec: AttentionSpec, learned: bool = True) -> list[torch.Tensor]:
         dtype = getattr(torch, info.dtype)
         made.append(torch.rand(shape) > 0.3 if dtype == torch.bool else torch.randn(shape, dtype=dtype))
     return made
+
+
+def reference(spec: AttentionSpec, tensors: Sequence[torch.Tensor], sizes: Sequence[int] = ()) -> torch.Tensor:
+    q, k, v, *captured = tensors
+    return attention_reference(spec, q, k, v, captured, sizes)
+
+
+def built(variant: SdpaKernel, plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    q, k, v, *captured = tensors
+    return variant.build(plan, q, k, v, captured, ())
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ def case(name: str, text: str = "none", residual: Expr = TRUE, window: int | Non
         mask = and_(CAUSAL, mask)
     if window is not None:
         mask = and_(mask, lt(sub(I, J), Const(window)))
-    spec = plain_spec(**sizes, mask=mask)  # type: ignore[arg-type]  # a table of keyword arguments
+    spec = plain_spec(**sizes, mask=mask)
     return Case(name, spec, proof_of(spec, text, residual, window), flags["causal"], flags["masked"])
 
 
@@ -116,7 +135,8 @@ CASES = (
     case("one batch", batch=1, heads=1),
     case("window", "causal & window(8)", window=8, causal=True, masked=True),
     case("padding", residual=PAD, captured=(tensor("c0", 2, 37, dtype="bool"),), masked=True),
-    case("causal padding", "causal & padding", PAD, captured=(tensor("c0", 2, 37, dtype="bool"),), causal=True, masked=True),
+    case("causal padding", "causal & padding", PAD, captured=(tensor("c0", 2, 37, dtype="bool"),), causal=True,
+         masked=True),
     case("empty rows give zero", residual=EMPTY, captured=(tensor("c0", 2, 37, dtype="bool"),), masked=True,
          normaliser=Normaliser(empty="zero")),
     case("bias", program=BIAS, captured=(tensor("c0", 1, 4, 37, 37),), masked=True),
@@ -133,7 +153,10 @@ def tolerance(spec: AttentionSpec) -> float:
 
 
 def traced(
-    plan: Plan, variant: SdpaKernel, tensors: Sequence[torch.Tensor], mode: str = "symbolic"
+    plan: Plan,
+    variant: SdpaKernel,
+    tensors: Sequence[torch.Tensor],
+    mode: Literal["real", "fake", "symbolic"] = "symbolic",
 ) -> torch.fx.GraphModule:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *captured: torch.Tensor) -> torch.Tensor:
         return variant.build(plan, q, k, v, captured, ())
@@ -156,7 +179,7 @@ def test_cpu_flash_computes_the_spec_and_its_gradients(case: Case) -> None:
     out = graph(*leaves, *tensors[3:])
     assert out.dtype == getattr(torch, case.spec.dtype)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    expected = attention_reference(case.spec, *wide, tensors[3:])
+    expected = reference(case.spec, [*wide, *tensors[3:]])
     limit = tolerance(case.spec)
     torch.testing.assert_close(out.double(), expected, atol=limit, rtol=limit)
     upstream = torch.randn(out.shape, dtype=out.dtype)
@@ -171,7 +194,6 @@ def test_tracing_with_symbolic_lengths_adds_no_guards() -> None:
     spec = symbolic_lengths(case_.spec)
     proof = proof_of(spec, "causal & padding", PAD)
     plan = planned(VENDOR_CPU_FLASH, spec, proof)
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     shape_env = ShapeEnv()
@@ -195,7 +217,8 @@ def test_tracing_with_symbolic_lengths_adds_no_guards() -> None:
         tensors[3][:, 0] = True
         out = graph(*tensors)
         torch.testing.assert_close(
-            out.double(), attention_reference(spec_now, *tensors[:3], tensors[3:], (length,) * len(spec_now.symbols)),
+            out.double(),
+            reference(spec_now, tensors, (length,) * len(spec_now.symbols)),
             atol=1e-5, rtol=1e-5,
         )  # fmt: skip
 
@@ -210,8 +233,9 @@ def symbolic_lengths(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, sizes=tuple(map(fresh, spec.sizes)), tensors=tensors)
 
 
-def test_inductor_trains_through_the_operator() -> None:
-    """Eager-traced and inductor-compiled graphs agree, also for transposed inputs, as projections give them."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_graphs_train_through_the_operator(backend: str) -> None:
+    """Traced and compiled graphs agree, also for transposed inputs, as projections give them."""
     case_ = next(c for c in CASES if c.name == "causal padding")
     plan = planned(VENDOR_CPU_FLASH, case_.spec, case_.proof)
     tensors = inputs(case_.spec)
@@ -222,7 +246,7 @@ def test_inductor_trains_through_the_operator() -> None:
     def run(*args: torch.Tensor) -> torch.Tensor:
         return graph(*(a * 1.5 for a in args[:3]), *args[3:]).sin()  # type: ignore[no-any-return]
 
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
     out, expected = compiled(*leaves, *tensors[3:]), run(*leaves, *tensors[3:])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(out.shape)
@@ -236,8 +260,8 @@ def test_rows_last_dimension_need_not_be_dense() -> None:
     spec = CASES[0].spec
     plan = planned(VENDOR_CPU_FLASH, spec, CASES[0].proof)
     tensors = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in inputs(spec)]
-    out = VENDOR_CPU_FLASH.build(plan, *tensors, (), ())
-    torch.testing.assert_close(out.double(), attention_reference(spec, *tensors), atol=1e-5, rtol=1e-5)
+    out = built(VENDOR_CPU_FLASH, plan, tensors)
+    torch.testing.assert_close(out.double(), reference(spec, tensors), atol=1e-5, rtol=1e-5)
 
 
 def test_empty_rows_are_nan_where_the_user_gets_nan() -> None:
@@ -245,10 +269,14 @@ def test_empty_rows_are_nan_where_the_user_gets_nan() -> None:
     spec = replace(base.spec, normaliser=Normaliser(empty="nan"))
     plan = planned(VENDOR_CPU_FLASH, spec, base.proof)
     tensors = inputs(spec)
-    out = VENDOR_CPU_FLASH.build(plan, *tensors[:3], tensors[3:], ())
+    out = built(VENDOR_CPU_FLASH, plan, tensors)
     assert out[:, :, :3].isnan().all()
     torch.testing.assert_close(
-        out.double(), attention_reference(spec, *tensors[:3], tensors[3:]), atol=1e-5, rtol=1e-5, equal_nan=True
+        out.double(),
+        reference(spec, tensors),
+        atol=1e-5,
+        rtol=1e-5,
+        equal_nan=True,
     )
 
 
@@ -260,7 +288,7 @@ def test_broadcast_batches_are_expanded() -> None:
     plan = planned(VENDOR_CPU_FLASH, spec, proof_of(spec, "none"))
     q, k, v = inputs(spec)
     out = VENDOR_CPU_FLASH.build(plan, q, k, v, (), ())
-    torch.testing.assert_close(out.double(), attention_reference(spec, q, k, v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), reference(spec, [q, k, v]), atol=1e-5, rtol=1e-5)
 
 
 PLAIN = plain_spec(batch=2, heads=4, query=32, key=32, width=16)
@@ -301,3 +329,145 @@ def test_causal_halves_the_predicted_work() -> None:
     assert isinstance(causal, Offer)
     assert full.work.total_flops == 4 * 2 * 4 * 32 * 32 * 16
     assert causal.work.total_flops * 2 == full.work.total_flops
+
+
+CUDA = (VENDOR_CUDNN, VENDOR_FLASH, VENDOR_EFFICIENT)
+
+
+def half(query: int = 64, key: int = 64, **kwargs: Any) -> AttentionSpec:
+    settings = {"batch": 2, "heads": 4, "width": 64, "dtype": "bfloat16"}
+    return plain_spec(**{**settings, "query": query, "key": key, **kwargs})
+
+
+def narrow(name: str, *shape: int, dtype: str = "bfloat16") -> TensorInfo:
+    return tensor(name, *shape, dtype=dtype)
+
+
+FULL = half()
+MASKED = half(mask=PAD, captured=(narrow("c0", 2, 64, dtype="bool"),))
+ADDED = half(program=BIAS, captured=(narrow("c0", 1, 4, 64, 64),))
+ALIBI = half(program=SLOPES, captured=(tensor("c0", 4),))
+TRIANGLE = half(mask=CAUSAL)
+NOT_SQUARE = half(query=32, mask=CAUSAL)
+WINDOWED = half(mask=and_(CAUSAL, lt(sub(I, J), Const(8))))
+
+# (what, spec, proof, then the answer of cuDNN, flash and efficient: "" for an offer, else the rejection's code)
+ANSWERS = (
+    ("full", FULL, proof_of(FULL, "none"), "", "", ""),
+    ("causal", TRIANGLE, proof_of(TRIANGLE, "causal"), "", "", ""),
+    ("causal, fewer queries", NOT_SQUARE, proof_of(NOT_SQUARE, "causal"), "", "mask", ""),
+    ("window", WINDOWED, proof_of(WINDOWED, "window", window=8), "mask", "mask", ""),
+    ("padding", MASKED, proof_of(MASKED, "none", PAD), "mask", "mask", ""),
+    ("bias", ADDED, proof_of(ADDED, "none"), "mask", "mask", ""),
+    ("float32 bias", ALIBI, proof_of(ALIBI, "none"), "mask", "mask", "bias-precision"),
+    ("float32", half(dtype="float32"), proof_of(FULL, "none"), "dtype", "dtype", ""),
+    ("float64", half(dtype="float64"), proof_of(FULL, "none"), "dtype", "dtype", "dtype"),
+    ("width 256", half(width=256), proof_of(FULL, "none"), "", "", ""),
+    ("width 320", half(width=320), proof_of(FULL, "none"), "width", "width", ""),
+    ("width 520", half(width=520), proof_of(FULL, "none"), "width", "width", "width"),
+    ("dropout", replace(FULL, dropout=0.1), proof_of(FULL, "none"), "", "", ""),
+    ("one by one", half(1, 1), proof_of(half(1, 1), "none"), "one-by-one", "", ""),
+    ("empty rows zero", replace(MASKED, normaliser=Normaliser(empty="zero")), proof_of(MASKED, "none", PAD),
+     "mask", "mask", ""),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spec", "proof", "cudnn", "flash", "efficient"), ANSWERS, ids=[a[0] for a in ANSWERS])
+def test_cuda_kernels_answer(
+    name: str, spec: AttentionSpec, proof: MaskProof, cudnn: str, flash: str, efficient: str
+) -> None:
+    for variant, code in zip(CUDA, (cudnn, flash, efficient), strict=True):
+        found = variant.accept(request(spec, proof, "cuda", H100_SXM))
+        assert (found.code if isinstance(found, Rejection) else "") == code, variant.name
+
+
+def test_cuda_kernels_know_their_devices() -> None:
+    turing = replace(A100_80GB, name="T4", capability=(7, 5))
+    for variant in CUDA:
+        for device, hardware, code in (("cpu", CPU, "device"), ("cuda", turing, "capability")):
+            found = variant.accept(request(FULL, proof_of(FULL, "none"), device, hardware))
+            assert isinstance(found, Rejection)
+            assert found.code == code
+    wide = half(width=192)
+    found = VENDOR_CUDNN.accept(request(wide, proof_of(wide, "none"), "cuda", A100_80GB))
+    assert isinstance(found, Rejection)
+    assert found.code == "width"
+
+
+def test_cudnn_is_predicted_fastest_on_hopper() -> None:
+    spec = half(8192, 8192, width=128, mask=CAUSAL)
+    found = [v.accept(request(spec, proof_of(spec, "causal"), "cuda", H100_SXM)) for v in CUDA]
+    times = [predict_ms(f.work, H100_SXM) for f in found if isinstance(f, Offer)]
+    assert len(times) == 3
+    assert times == sorted(times)
+
+
+CUDA_CASES = (
+    ("grouped", half(mask=CAUSAL, kv_heads=2), "causal", TRUE),
+    ("odd lengths", half(37, 53), "none", TRUE),
+    ("padded width", half(width=20, value_width=12), "none", TRUE),
+    ("padding", half(61, 61, mask=PAD, captured=(narrow("c0", 2, 61, dtype="bool"),)), "none", PAD),
+    ("causal padding", half(61, 61, mask=and_(CAUSAL, PAD), captured=(narrow("c0", 2, 61, dtype="bool"),)),
+     "causal & padding", PAD),
+    ("empty rows", half(61, 61, mask=and_(PAD, ge(I, Const(3))), normaliser=Normaliser(empty="zero"),
+                        captured=(narrow("c0", 2, 61, dtype="bool"),)), "none", and_(PAD, ge(I, Const(3)))),
+    ("learned bias", half(61, 61, program=BIAS, captured=(replace(narrow("c0", 1, 4, 61, 61), requires_grad=True),)),
+     "none", TRUE),
+    ("float32", half(61, 61, dtype="float32", program=SLOPES, captured=(tensor("c0", 4),)), "none", TRUE),
+)  # fmt: skip
+PAIRS = [(v, *c) for c in CUDA_CASES for v in CUDA]
+PAIR_IDS = [f"{p[0].name}-{p[1]}" for p in PAIRS]
+
+
+@pytest.mark.parametrize(("variant", "name", "spec", "text", "residual"), PAIRS, ids=PAIR_IDS)
+def test_cuda_kernels_trace_without_a_device(
+    variant: SdpaKernel, name: str, spec: AttentionSpec, text: str, residual: Expr
+) -> None:
+    """Traced with fake tensors: shape and dtype are the spec's, and the operator is there once."""
+    proof = proof_of(spec, text, residual)
+    offer = variant.accept(request(spec, proof, "cuda", H100_SXM))
+    if isinstance(offer, Rejection):
+        assert offer.code in ("mask", "dtype")
+        return
+    plan = Plan(spec, proof, variant.name, offer.params)
+
+    def run(*args: torch.Tensor) -> torch.Tensor:
+        return built(variant, plan, args)
+
+    with FakeTensorMode():
+        fakes = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in inputs(spec)]
+        graph = make_fx(run, pre_dispatch=True)(*fakes)
+        out = run(*fakes)
+    assert out.dtype == getattr(torch, spec.dtype)
+    assert [Const(n) for n in out.shape] == [spec.size(a) for a in "bhie"]
+    calls = [n for n in graph.graph.nodes if "_scaled_dot_product" in str(n.target)]
+    assert len(calls) == 1
+    position = {VENDOR_CUDNN: 6, VENDOR_FLASH: 4, VENDOR_EFFICIENT: 6}[variant]
+    causal = calls[0].args[position] if len(calls[0].args) > position else False  # tracing drops defaults
+    assert causal == text.startswith("causal")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("variant", "name", "spec", "text", "residual"), PAIRS, ids=PAIR_IDS)
+def test_cuda_kernels_compute_the_spec_and_its_gradients(
+    variant: SdpaKernel, name: str, spec: AttentionSpec, text: str, residual: Expr
+) -> None:
+    spec = replace(spec, training=True)
+    proof = proof_of(spec, text, residual)
+    offer = variant.accept(request(spec, proof, "cuda", H100_SXM))
+    if isinstance(offer, Rejection):
+        assert offer.code in ("mask", "dtype")
+        return
+    plan = Plan(spec, proof, variant.name, offer.params)
+    tensors = [t.cuda() for t in inputs(spec)]
+    learned = [0, 1, 2, *(n for n, t in enumerate(spec.tensors) if t.requires_grad)]
+    leaves = [tensors[n].requires_grad_() for n in learned]
+    out = built(variant, plan, tensors)
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    expected = reference(spec, wide)
+    limit = 1e-5 if spec.dtype == "float32" else 1e-2
+    assert (out.double() - expected).norm() <= limit * expected.norm()
+    upstream = torch.randn_like(out)
+    right = torch.autograd.grad(expected, [wide[n] for n in learned], upstream.double())
+    for a, b in zip(torch.autograd.grad(out, leaves, upstream), right, strict=True):
+        assert (a.double() - b).norm() <= limit * b.norm()

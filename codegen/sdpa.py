@@ -1,0 +1,300 @@
+"""What torch's fused SDPA kernels have in common: their limits, and how a spec becomes a call.
+
+What the graph lost is restored from the proof: ``is_causal`` instead of a dense mask, grouped heads instead of repeated
+keys. Other masks and biases are materialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attncomp.codegen.materialise import (
+    additive_mask,
+    exact_in,
+    is_causal_end,
+    learned_loads,
+    mask_axes,
+    score_grid,
+)
+from attncomp.cost import Work
+from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight
+from attncomp.plan import Plan
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec
+from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+Shares: TypeAlias = tuple[tuple[int, float, float], ...]
+"""(largest width, forward, backward): the shares of the device's matrix-product rate that the two kernels reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What `build` hands to a kernel: tensors (B, H, T, width) with a dense last dimension, and the options."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    causal: bool
+    dropout: float
+    training: bool
+
+
+@dataclass(frozen=True)
+class SdpaKernel:
+    """One SDPA kernel and its limits; subclasses say how to call it.
+
+    dtypes: of q, k and v.
+    max_width: largest head width; multiple: widths are padded up to a multiple of it.
+    grouped: takes fewer key heads than query heads.
+    masked: takes an additive mask; wide_mask: in float32 also beside narrower q; mask_gradient: and differentiates it.
+    rectangular: `causal` counts from the first key for any two lengths.
+    capability: least CUDA compute capability.
+    shares, wide_shares: prior efficiencies for 16-bit inputs and for others; bandwidth: prior share of the memory's.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    max_width: int
+    multiple: int
+    grouped: bool
+    masked: bool
+    wide_mask: bool
+    mask_gradient: bool
+    dropout: bool
+    rectangular: bool
+    capability: tuple[int, int]
+    shares: Shares
+    wide_shares: Shares
+    bandwidth: float
+    family: Family = field(default="vendor", init=False)
+    exactness: Exactness = field(default="exact", init=False)
+
+    def call(self, c: Call) -> torch.Tensor:
+        raise NotImplementedError(self.name)  # abstract: every kernel below defines it
+
+    def accept(self, request: Request) -> Offer | Rejection:
+        spec, proof = request.spec, request.proof
+        found = self._place(request) or self._form(spec) or self.reject_widths(spec, request) or self._mask(spec, proof)
+        if found is not None:
+            return found
+        causal, mask = causal_and_mask(proof, spec, rectangular=self.rectangular)
+        bias = bias_of(spec)
+        return Offer(
+            {"causal": causal, "mask": bias != NO_BIAS or mask != TRUE}, self._work(request, causal, bias, mask)
+        )
+
+    def _form(self, spec: AttentionSpec) -> Rejection | None:
+        if spec.kind != "softmax":
+            return Rejection(
+                "not-softmax", f"SDPA kernels normalise by softmax; this attention by {spec.normaliser.kind!r}"
+            )
+        if spec.transition is not None:
+            return Rejection("recurrence", "SDPA kernels carry no state from key to key")
+        if spec.group is None:
+            return Rejection(
+                "access", "q, k or v is not read plainly as [b, h, i, d], [b, h // g, j, d], [b, h // g, j, e]"
+            )
+        if not isinstance(spec.weight, Weight):
+            return Rejection(
+                "weight-program", f"SDPA kernels use the softmax weight as it is; here it becomes {spec.weight}"
+            )
+        if spec.normaliser.sink is not None:
+            return Rejection("sink", "SDPA kernels have no attention sink")
+        affine = spec.affine()
+        if affine is None:
+            return Rejection("program", f"scores become {spec.program}; SDPA kernels compute S * scale + bias only")
+        if not isinstance(affine[0], Const):
+            return Rejection("scale", f"the scale {affine[0]} is not one number")
+        dtypes = {t.dtype for t in spec.tensors[:3]}
+        if len(dtypes) != 1 or not dtypes <= set(self.dtypes):
+            return Rejection(
+                "dtype", f"q, k, v are {', '.join(sorted(dtypes))}; this kernel takes one of {', '.join(self.dtypes)}"
+            )
+        if BYTES.get(spec.dtype, 99) > BYTES[spec.tensors[0].dtype]:
+            return Rejection(
+                "output-dtype",
+                f"the output is {spec.dtype}, wider than the {spec.tensors[0].dtype} that the kernel gives",
+            )
+        if spec.dropout > 0 and not self.dropout:
+            return Rejection("dropout", "this kernel has no dropout")
+        return None
+
+    def _place(self, request: Request) -> Rejection | None:
+        if request.device not in self.devices:
+            return Rejection("device", f"runs on {', '.join(self.devices)}, not on {request.device}")
+        if request.device == "cuda":
+            have, need = tuple(request.hardware.capability), self.capability
+            if have < need:
+                detail = (
+                    f"needs compute capability {need[0]}.{need[1]}; {request.hardware.name} has {have[0]}.{have[1]}"
+                )
+                return Rejection("capability", detail)
+        return None
+
+    def widest(self, request: Request) -> int:
+        """The largest head width on the device of `request`."""
+        return self.max_width
+
+    def reject_widths(self, spec: AttentionSpec, request: Request) -> Rejection | None:
+        widths = (spec.size("d"), spec.size("e"))
+        if not all(isinstance(w, Const) for w in widths):
+            return Rejection("width", "a head width is known only at run time")
+        widest = max(int(w.value) for w in widths if isinstance(w, Const))
+        if widest > self.widest(request):
+            return Rejection("width", f"head width {widest} is more than this kernel's {self.widest(request)}")
+        return None
+
+    def _mask(self, spec: AttentionSpec, proof: MaskProof) -> Rejection | None:
+        bias = bias_of(spec)
+        _, mask = causal_and_mask(proof, spec, rectangular=self.rectangular)
+        if not self.masked and (bias != NO_BIAS or mask != TRUE):
+            what = f"a bias ({bias})" if bias != NO_BIAS else f"the mask '{proof.text}'"
+            return Rejection("mask", f"this kernel takes no mask but causal over equal lengths; here is {what}")
+        learned = learned_loads(spec, bias)
+        if learned and not self.mask_gradient:
+            return Rejection(
+                "bias-gradient", f"this kernel gives no gradient of a bias; {', '.join(learned)} needs one"
+            )
+        dtype = spec.tensors[0].dtype
+        if bias != NO_BIAS and not self.wide_mask and BYTES[dtype] < 4 and not exact_in(bias, dtype, spec):
+            return Rejection("bias-precision", f"this kernel holds a bias in {dtype}, which would round {bias}")
+        if spec.normaliser.empty == "nan" and (spec.training or not self.masked):
+            return Rejection(
+                "empty-rows", "a row without keys must give NaN, also in gradients; this kernel gives zeros"
+            )
+        if spec.normaliser.empty == "zero" and not self.masked:
+            return Rejection("empty-rows", "a row without keys must give zeros, which is not known of this kernel")
+        return None
+
+    def _work(self, request: Request, causal: bool, bias: Expr, mask: Expr) -> Work:
+        spec, n = request.spec, request.hints
+        kv_heads = n["h"] // (spec.group or 1)
+        width = _padded(spec, self.multiple)
+        pairs = n["b"] * n["h"] * n["i"] * n["j"] * (0.5 if causal else 1.0)
+        dtype = spec.tensors[0].dtype
+        rate = dtype
+        if request.device == "cpu" and request.hardware.peak.rate(dtype) < request.hardware.peak.fp32:
+            rate = "float32"  # a CPU without narrow products: the kernel widens its tiles (measured for bfloat16)
+        shares = self.shares if BYTES[dtype] == 2 else self.wide_shares
+        _, forward, backward = next((x for x in shares if width <= x[0]), shares[-1])
+        query = float(n["b"] * n["h"] * n["i"] * width * BYTES[dtype])
+        key = float(n["b"] * (kv_heads if self.grouped else n["h"]) * n["j"] * width * BYTES[dtype])
+        mask_bytes = 0.0
+        if bias != NO_BIAS or mask != TRUE:
+            mask_bytes = float(BYTES["float32"] if self.wide_mask and BYTES[dtype] < 4 else BYTES[dtype])
+            for axis in mask_axes(bias, mask):
+                mask_bytes *= n[axis]
+        work = Work(
+            flops=4.0 * pairs * width,
+            bytes=2 * query + 2 * key + mask_bytes,
+            exps=pairs,
+            efficiency=forward,
+            bandwidth_efficiency=self.bandwidth,
+            dtype=rate,
+        )
+        if mask_bytes:
+            work += Work(flops=0.0, bytes=mask_bytes)
+        if not self.grouped and kv_heads < n["h"]:
+            work += Work(flops=0.0, bytes=2 * key * (1 + kv_heads / n["h"]), launches=2)
+        if spec.training:
+            work += Work(
+                flops=10.0 * pairs * width,  # S again, dP, dV, dQ, dK
+                bytes=4 * query + 4 * key + mask_bytes,
+                launches=2,
+                exps=pairs,
+                efficiency=backward,
+                bandwidth_efficiency=self.bandwidth,
+                dtype=rate,
+            )
+        return work
+
+    def build(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> torch.Tensor:
+        spec = plan.spec
+        affine = spec.affine()
+        if affine is None or not isinstance(affine[0], Const):
+            raise ValueError(f"{self.name} was planned for a program that it does not accept: {spec.program}")
+        scale, bias = float(affine[0].value), affine[1]
+        causal, rest = causal_and_mask(plan.proof, spec, rectangular=self.rectangular)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        grid = score_grid(plan, q, k, v, captured, sizes, wide)
+        mask = None
+        if bias != NO_BIAS or rest != TRUE:
+            mask = additive_mask(bias, rest, grid, wide if self.wide_mask else q.dtype)
+        batch, heads = grid.axes["b"][1], grid.axes["h"][1]
+        width = _padded(spec, self.multiple)
+        q = _ready(q, spec, 0, batch, heads, width)
+        k, v = (_ready(x, spec, n, batch, None, width) for n, x in ((1, k), (2, v)))
+        group = spec.group or 1
+        if group > 1 and not self.grouped:
+            k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
+        out = self.call(Call(q, k, v, mask, scale, causal, spec.dropout, spec.training))
+        value_width = spec.size("e")
+        if isinstance(value_width, Const) and int(value_width.value) != width:
+            out = out.narrow(3, 0, int(value_width.value))
+        if spec.normaliser.empty == "nan":
+            from attncomp.evaluate import evaluate_tensor
+
+            filled = evaluate_tensor(spec.mask, grid).any(-1, keepdim=True)
+            out = torch.where(filled, out, torch.scalar_tensor(float("nan"), dtype=out.dtype, device=out.device))
+        return out.to(getattr(torch, spec.dtype))
+
+
+NO_BIAS = Const(0.0)
+
+
+def bias_of(spec: AttentionSpec) -> Expr:
+    affine = spec.affine()
+    return NO_BIAS if affine is None else affine[1]
+
+
+def causal_and_mask(proof: MaskProof, spec: AttentionSpec, *, rectangular: bool) -> tuple[bool, Expr]:
+    """(is_causal, what must still be masked): the end of the range is the kernel's option where it can be."""
+    lengths = spec.size("i"), spec.size("j")
+    causal = is_causal_end(proof.key_hi, lengths[1]) and (rectangular or lengths[0] == lengths[1])
+    if proof.key_lo == ZERO and (causal or proof.key_hi == lengths[1]):
+        return causal, proof.residual
+    return causal, spec.mask
+
+
+def _padded(spec: AttentionSpec, multiple: int) -> int:
+    """The one width that q, k and v get."""
+    widest = max(int(w.value) for w in (spec.size("d"), spec.size("e")) if isinstance(w, Const))
+    return -(-widest // multiple) * multiple
+
+
+def _ready(
+    x: torch.Tensor, spec: AttentionSpec, position: int, batch: int, heads: int | None, width: int
+) -> torch.Tensor:
+    """`x` as kernels read it: broadcast dimensions expanded, width padded with zeros, the last dimension dense."""
+    shape = spec.tensors[position].shape
+    missing = width - x.shape[3]
+    if missing:
+        x = F.pad(x, (0, missing))
+    elif not statically_known_true(x.stride(3) == 1):
+        x = x.contiguous()
+    spread_batch = shape[0] == ONE and spec.size("b") != ONE
+    spread_heads = heads is not None and shape[1] == ONE and spec.size("h") != ONE
+    if spread_batch or spread_heads:
+        x = x.expand(batch if spread_batch else -1, heads if spread_heads and heads is not None else -1, -1, -1)
+    return x
