@@ -542,7 +542,11 @@ def _repeat(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | No
     assert isinstance(source, Node)
     size = shape_of(source)
     inner = index[len(index) - len(size) :]
-    return source, tuple(ZERO if n == ONE else remainder(a, n, reader.extents) for n, a in zip(size, inner, strict=True))
+    whole = shape_of(node)[len(index) - len(size) :]
+    return source, tuple(
+        ZERO if n == ONE else a if polynomial.equal(n, m) else remainder(a, n, reader.extents)
+        for n, m, a in zip(size, whole, inner, strict=True)
+    )
 
 
 def _repeat_interleave(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
