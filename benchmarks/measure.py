@@ -1,0 +1,194 @@
+"""Time and peak memory of a call, on CUDA by events and on a CPU by the clock; competitors; Markdown tables."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attncomp
+from attncomp.backend import attncomp as backend
+from attncomp.report import Report
+
+GIB = 2**30
+EXECUTORS = ("eager", "inductor", "attncomp")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: milliseconds (median of the runs), bytes at the peak, seconds of the first call, and what it returned.
+
+    peak_bytes counts everything allocated on a CUDA device; on a CPU, what became resident during the runs. `failure` says why
+    there is no number.
+    """
+
+    ms: float = float("nan")
+    peak_bytes: float = float("nan")
+    first_s: float = float("nan")
+    value: Any = None
+    failure: str = ""
+
+
+def compiled(module: Callable[..., Any], how: str, policy: Any = None) -> Callable[..., Any]:
+    """`module` as it is (``eager``), or compiled by ``inductor`` or ``attncomp`` (passed as a function: no installation is needed)."""
+    torch._dynamo.reset()
+    if how == "eager":
+        return module
+    if how == "inductor":
+        return torch.compile(module)
+    return torch.compile(module, backend=backend, options={} if policy is None else {"policy": policy})
+
+
+def measure(call: Callable[[], Any], device: str, *, runs: int = 10, warm: int = 2) -> Measured:
+    """First call (compiles), then `warm` calls, then `runs` timed ones. Running out of memory is a result, not an error."""
+    release(device)
+    try:
+        start = time.perf_counter()
+        value = call()
+        synchronize(device)
+        first = time.perf_counter() - start
+        for _ in range(warm):
+            call()
+        ms, peak = (_cuda if device == "cuda" else _cpu)(call, runs)
+        return Measured(ms, peak, first, value)
+    except torch.cuda.OutOfMemoryError:
+        return Measured(failure="out of memory")
+    except Exception as error:
+        if "out of memory" in str(error):
+            return Measured(failure="out of memory")
+        traceback.print_exc()  # one competitor's failure must not cost the others' numbers
+        return Measured(failure=f"{type(error).__name__}")
+    finally:
+        release(device)
+
+
+def _cuda(call: Callable[[], Any], runs: int) -> tuple[float, float]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(runs):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times), float(torch.cuda.max_memory_allocated())
+
+
+def _cpu(call: Callable[[], Any], runs: int) -> tuple[float, float]:
+    gc.collect()
+    done = threading.Event()
+    before = peak = _resident()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, _resident())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    done.set()
+    sampler.join()
+    return statistics.median(times), float(peak - before)
+
+
+def _resident() -> float:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096.0 if statm.exists() else float("nan")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def release(device: str) -> None:
+    """Give back what the previous competitor held."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def difference(value: Any, reference: Any) -> float:
+    """||a - b|| / ||b|| in float64, over one tensor or a list of tensors; NaN where either is missing."""
+    if value is None or reference is None:
+        return float("nan")
+    pairs = list(zip(value, reference, strict=True)) if isinstance(value, Sequence) else [(value, reference)]
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return float((error / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5)
+
+
+def reports_since(count: int) -> tuple[Report, ...]:
+    return attncomp.reports()[count:]
+
+
+def report_summary(reports: Sequence[Report]) -> str:
+    """How many sites were rewritten, the masks proven and the variants chosen, in one line."""
+    sites = [s for r in reports for s in r.sites]
+    left = [r.fallback for r in reports if r.fallback]
+    if not sites:
+        return f"no attention found{'; graph left to inductor: ' + '; '.join(left) if left else ''}"
+    rewritten = [s for s in sites if s.verdict == "rewritten"]
+    masks = ", ".join(dict.fromkeys(s.mask for s in sites))
+    variants = ", ".join(dict.fromkeys(str(s.variant) for s in rewritten)) or "none"
+    return f"{len(rewritten)} of {len(sites)} sites rewritten; mask: {masks}; variant: {variants}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def milliseconds(m: Measured | None) -> str:
+    return "-" if m is None else m.failure or f"{m.ms:.3g}" if m is None or m.failure or m.ms < 100 else f"{m.ms:.0f}"
+
+
+def gibibytes(m: Measured | None) -> str:
+    return "-" if m is None or m.failure else f"{m.peak_bytes / GIB:.2f}"
+
+
+def relative(x: float) -> str:
+    return "-" if x != x else f"{x:.1e}"
+
+
+def say(text: str) -> None:
+    """Print at once: what was measured stays if the run is cut short."""
+    print(text, flush=True)
+
+
+def conditions(device: str) -> str:
+    """The command, the device, the versions and the date, for the head of a table."""
+    where = platform.processor() or platform.machine()
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+        where = f"{names[0].split(':')[1].strip() if names else where}, {torch.get_num_threads()} threads"
+    try:
+        import triton
+
+        triton_version = f"triton {triton.__version__}"
+    except ImportError:
+        triton_version = "no triton"
+    python = platform.python_version()
+    command = " ".join(["python", *sys.argv])
+    versions = f"torch {torch.__version__}, {triton_version}, Python {python}, attncomp {attncomp.__version__}"
+    return f"`{command}` on {where}; {versions}; {time.strftime('%Y-%m-%d')}"
