@@ -148,7 +148,13 @@ class AttentionSpec:
         if not isinstance(self.value, Load) or not (isinstance(self.score, Op) and self.score.name == "mul"):
             return None
         q, k = self.score.args
-        if not (isinstance(q, Load) and isinstance(k, Load) and q.tensor == "q" and k.tensor == "k" and self.value.tensor == "v"):
+        if not (
+            isinstance(q, Load)
+            and isinstance(k, Load)
+            and q.tensor == "q"
+            and k.tensor == "k"
+            and self.value.tensor == "v"
+        ):
             return None
         for g in self._groups():
             head = H if g == 1 else floordiv(H, Const(g))
@@ -177,14 +183,18 @@ class AttentionSpec:
 
     def canonical(self) -> AttentionSpec:
         """The same spec with run-time sizes renamed s0, s1, ... in order of appearance, so that equal attention has one digest."""
-        renamed: dict[Expr, Expr] = {op_size: _size(f"s{n}") for n, op_size in enumerate(_size(name) for name in self.symbols)}
+        renamed: dict[Expr, Expr] = {
+            op_size: _size(f"s{n}") for n, op_size in enumerate(_size(name) for name in self.symbols)
+        }
 
         def fresh(e: Expr) -> Expr:
             return substitute(e, renamed)
 
         return AttentionSpec(
             sizes=tuple(fresh(s) for s in self.sizes),
-            tensors=tuple(TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad) for t in self.tensors),
+            tensors=tuple(
+                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad) for t in self.tensors
+            ),
             score=fresh(self.score),
             program=fresh(self.program),
             mask=fresh(self.mask),
@@ -207,7 +217,12 @@ class AttentionSpec:
         return {
             "sizes": [to_json(s) for s in self.sizes],
             "tensors": [
-                {"name": x.name, "shape": [to_json(s) for s in x.shape], "dtype": x.dtype, "requires_grad": x.requires_grad}
+                {
+                    "name": x.name,
+                    "shape": [to_json(s) for s in x.shape],
+                    "dtype": x.dtype,
+                    "requires_grad": x.requires_grad,
+                }
                 for x in self.tensors
             ],
             "score": to_json(self.score),
@@ -225,7 +240,10 @@ class AttentionSpec:
             "dropout": float(self.dropout).hex(),
             "transition": None
             if t is None
-            else {name: None if x is None else to_json(x) for name, x in (("decay", t.decay), ("erase", t.erase), ("write", t.write))},
+            else {
+                name: None if x is None else to_json(x)
+                for name, x in (("decay", t.decay), ("erase", t.erase), ("write", t.write))
+            },
             "training": self.training,
         }
 
@@ -235,7 +253,8 @@ class AttentionSpec:
         return AttentionSpec(
             sizes=tuple(from_json(s) for s in data["sizes"]),
             tensors=tuple(
-                TensorInfo(x["name"], tuple(from_json(s) for s in x["shape"]), x["dtype"], x["requires_grad"]) for x in data["tensors"]
+                TensorInfo(x["name"], tuple(from_json(s) for s in x["shape"]), x["dtype"], x["requires_grad"])
+                for x in data["tensors"]
             ),
             score=from_json(data["score"]),
             program=from_json(data["program"]),
@@ -247,7 +266,9 @@ class AttentionSpec:
             dtype=data["dtype"],
             weight=from_json(data["weight"]),
             dropout=float.fromhex(data["dropout"]),
-            transition=None if t is None else Transition(**{k: None if x is None else from_json(x) for k, x in t.items()}),
+            transition=None
+            if t is None
+            else Transition(**{k: None if x is None else from_json(x) for k, x in t.items()}),
             training=data["training"],
         )
 
@@ -274,10 +295,11 @@ def affine_in_score(e: Expr) -> tuple[Expr, Expr] | None:
         return op(e.name, s, rest[0][0]), op(e.name, b, rest[0][1])
     if e.name == "neg":
         return op("neg", s), op("neg", b)
-    if e.name in ("mul", "div") and rest[0][0] == Const(0.0):
-        return op(e.name, s, rest[0][1]), op(e.name, b, rest[0][1])
-    if e.name == "mul" and s == Const(0.0):
-        return mul(b, rest[0][0]), mul(b, rest[0][1])
+    zero = Const(0.0)
+    if e.name in ("mul", "div") and rest[0][0] == zero:
+        return op(e.name, s, rest[0][1]), zero if b == zero else op(e.name, b, rest[0][1])
+    if e.name == "mul" and s == zero:
+        return mul(b, rest[0][0]), zero if rest[0][1] == zero else mul(b, rest[0][1])
     return None
 
 
@@ -328,5 +350,3 @@ def plain_spec(
         dtype=dtype,
         training=training,
     )
-
-

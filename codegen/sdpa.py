@@ -23,7 +23,8 @@ from attncomp.codegen.materialise import (
     score_grid,
 )
 from attncomp.cost import Work
-from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight
+from attncomp.evaluate import evaluate_tensor
+from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
@@ -116,7 +117,7 @@ class SdpaKernel:
         affine = spec.affine()
         if affine is None:
             return Rejection("program", f"scores become {spec.program}; SDPA kernels compute S * scale + bias only")
-        if not isinstance(affine[0], Const):
+        if axes_of(affine[0]):
             return Rejection("scale", f"the scale {affine[0]} is not one number")
         dtypes = {t.dtype for t in spec.tensors[:3]}
         if len(dtypes) != 1 or not dtypes <= set(self.dtypes):
@@ -232,9 +233,9 @@ class SdpaKernel:
     ) -> torch.Tensor:
         spec = plan.spec
         affine = spec.affine()
-        if affine is None or not isinstance(affine[0], Const):
+        if affine is None:
             raise ValueError(f"{self.name} was planned for a program that it does not accept: {spec.program}")
-        scale, bias = float(affine[0].value), affine[1]
+        factor, bias = affine
         causal, rest = causal_and_mask(plan.proof, spec, rectangular=self.rectangular)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         grid = score_grid(plan, q, k, v, captured, sizes, wide)
@@ -243,6 +244,9 @@ class SdpaKernel:
             mask = additive_mask(bias, rest, grid, wide if self.wide_mask else q.dtype)
         batch, heads = grid.axes["b"][1], grid.axes["h"][1]
         width = _padded(spec, self.multiple)
+        scale = float(factor.value) if isinstance(factor, Const) else 1.0
+        if not isinstance(factor, Const):  # one number known only at run time: the kernels take no tensor as scale
+            q = (q.to(wide) * evaluate_tensor(factor, grid)).to(q.dtype)
         q = _ready(q, spec, 0, batch, heads, width)
         k, v = (_ready(x, spec, n, batch, None, width) for n, x in ((1, k), (2, v)))
         group = spec.group or 1
@@ -253,9 +257,8 @@ class SdpaKernel:
         if isinstance(value_width, Const) and int(value_width.value) != width:
             out = out.narrow(3, 0, int(value_width.value))
         if spec.normaliser.empty == "nan":
-            from attncomp.evaluate import evaluate_tensor
-
-            filled = evaluate_tensor(spec.mask, grid).any(-1, keepdim=True)
+            allowed = evaluate_tensor(spec.mask, grid) if mask is None else mask != float("-inf")
+            filled = allowed.any(-1, keepdim=True)
             out = torch.where(filled, out, torch.scalar_tensor(float("nan"), dtype=out.dtype, device=out.device))
         return out.to(getattr(torch, spec.dtype))
 
