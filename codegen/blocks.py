@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,21 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A block: ranges of batch, query head, query and key. `inside`: all its rows have all its keys in range."""
+    """A block: ranges of batch, query head, query and key. common: keys that all its rows have in range."""
 
     b: Range
     h: Range
     i: Range
     j: Range
-    inside: bool
+    common: Range
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        return {"b": self.b, "h": self.h, "i": self.i, "j": self.j}
+
+    @property
+    def inside(self) -> bool:
+        return self.common[0] <= self.j[0] and self.j[1] <= self.common[1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -78,18 +87,26 @@ def key_range(proof: MaskProof, symbols: Mapping[str, int], key_length: int, fir
     return max(0, min(lo, key_length)), max(0, min(hi, key_length))
 
 
-def block_rows(proof: MaskProof, symbols: Mapping[str, int], queries: int, keys: int) -> int:
-    """Query rows of one block: a quarter of a row's key range, so that a window's blocks compute 5/4 of it."""
+MIN_ROWS, MAX_ROWS = 32, 256
+
+
+def block_rows(proof: MaskProof, symbols: Mapping[str, int], size: Mapping[str, int], group: int, elements: int) -> int:
+    """Query rows of one block.
+
+    A block of r rows computes r more keys than a row's range, and starting its operators takes the time of some
+    ``elements / 8`` scores: r = sqrt(elements / 8 / (batch * heads)) balances the two. Long ranges take an eighth of the
+    range; and the rows of one group of heads have no more than `elements` scores.
+    """
+    queries, keys = size["i"], size["j"]
     middle = max(0, (queries - 1) // 2)
     start, stop = key_range(proof, symbols, keys, middle, middle)
+    wanted = max(math.isqrt(elements // (8 * max(1, size["b"] * size["h"]))), (stop - start) // 8)
     rows = MIN_ROWS
-    while rows < MAX_ROWS and rows * 4 < stop - start:
+    while rows < MAX_ROWS and rows * 2 <= wanted:
         rows *= 2
-    return min(rows, max(queries, 1))
-
-
-MIN_ROWS = 32
-MAX_ROWS = 256
+    while rows > MIN_ROWS and rows * group * min(keys, stop - start + rows) > elements:
+        rows //= 2
+    return max(1, min(rows, queries))
 
 
 def boxes(site: Site, group: int, elements: int, *, restricted: bool) -> Iterator[Box]:
@@ -99,24 +116,21 @@ def boxes(site: Site, group: int, elements: int, *, restricted: bool) -> Iterato
     """
     proof, size = site.plan.proof, site.size
     keys, queries = size["j"], size["i"]
-    rows = block_rows(proof, site.symbols, queries, keys)
-    while rows > MIN_ROWS and rows * group * min(keys, queries) > elements:
-        rows //= 2
+    rows = block_rows(proof, site.symbols, size, group, elements)
     for i0 in range(0, queries, rows):
         i1 = min(i0 + rows, queries)
-        j, inside = (0, keys), False
+        j = common = (0, keys)
         if restricted:
             j = key_range(proof, site.symbols, keys, i0, i1 - 1)
             common = key_range(proof, site.symbols, keys, i1 - 1, i0)
-            inside = common[0] <= j[0] and j[1] <= common[1]
             if j[0] >= j[1]:
-                j, inside = (0, min(1, keys)), False
+                j, common = (0, min(1, keys)), (0, 0)
         area = max(1, (i1 - i0) * (j[1] - j[0]))
         heads = min(size["h"], max(1, elements // (area * group)) * group)
         batches = max(1, elements // (area * heads)) if heads == size["h"] else 1
         for b0 in range(0, size["b"], batches):
             for h0 in range(0, size["h"], heads):
-                yield Box((b0, min(b0 + batches, size["b"])), (h0, min(h0 + heads, size["h"])), (i0, i1), j, inside)
+                yield Box((b0, min(b0 + batches, size["b"])), (h0, min(h0 + heads, size["h"])), (i0, i1), j, common)
 
 
 def add_at(target: torch.Tensor, grad: torch.Tensor, starts: Sequence[int]) -> None:
