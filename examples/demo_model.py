@@ -71,12 +71,30 @@ def text_of(gguf: Path, ids: list[int]) -> str:
     return str(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).decode(ids))
 
 
-def load(gguf: Path, attention: str) -> Any:
-    """The float32 model with ``attn_implementation=attention``, in eval mode; its 4-bit weights are expanded here."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def convert(gguf: Path) -> Path:
+    """Read the GGUF file through transformers, once: its 4-bit weights expanded to float32, as ``FOLDER/model``.
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=attention
-    )
+    Expanding takes longer than loading, and every way of running the model loads them in a process of its own.
+    """
+    target = gguf.parent / "model"
+    if not target.exists():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        partial = target.with_suffix(".partial")
+        model.config.save_pretrained(partial)
+        torch.save(model.state_dict(), partial / "weights.pt")
+        partial.rename(target)
+    return target
+
+
+def load(folder: Path, attention: str) -> Any:
+    """The model that `convert` wrote, with ``attn_implementation=attention``, in eval mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model.load_state_dict(torch.load(folder / "weights.pt", mmap=True))
     return model.eval()
