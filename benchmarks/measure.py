@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,17 @@ class Measured:
     failure: str = ""
 
 
-def compiled(module: Callable[..., Any], how: str, policy: Any = None) -> Callable[..., Any]:
-    """`module` as it is (``eager``), or compiled by ``inductor`` or ``attncomp`` (passed as a function: no installation is needed)."""
+def compiled(module: Callable[..., Any], how: str, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """`module` as it is (``eager``), or compiled by ``inductor`` or ``attncomp`` (passed as a function: no installation is needed).
+
+    `options` are attncomp's.
+    """
     torch._dynamo.reset()
     if how == "eager":
         return module
     if how == "inductor":
         return torch.compile(module)
-    return torch.compile(module, backend=backend, options={} if policy is None else {"policy": policy})
+    return torch.compile(module, backend=backend, options=dict(options or {}))
 
 
 def measure(call: Callable[[], Any], device: str, *, runs: int = 10, warm: int = 2) -> Measured:
@@ -157,7 +160,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def milliseconds(m: Measured | None) -> str:
-    return "-" if m is None else m.failure or f"{m.ms:.3g}" if m is None or m.failure or m.ms < 100 else f"{m.ms:.0f}"
+    if m is None or m.failure:
+        return "-" if m is None else m.failure
+    return f"{m.ms:.3g}" if m.ms < 100 else f"{m.ms:.0f}"
 
 
 def gibibytes(m: Measured | None) -> str:
@@ -171,6 +176,12 @@ def relative(x: float) -> str:
 def say(text: str) -> None:
     """Print at once: what was measured stays if the run is cut short."""
     print(text, flush=True)
+
+
+def attncomp_options(*, always: bool, debug: bool) -> dict[str, Any]:
+    """always: rewrite whatever the cost model predicts. debug: run the graphs as they are, without inductor."""
+    chosen: dict[str, Any] = {"policy": {"version": 1, "defaults": {"min_speedup": 0}}} if always else {}
+    return chosen | ({"executor": "eager"} if debug else {})
 
 
 def conditions(device: str) -> str:

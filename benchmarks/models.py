@@ -180,9 +180,9 @@ def competitors(
     return rows
 
 
-def prefill(model: nn.Module, ids: Tensor, policy: Any) -> Callable[[str], Callable[[], Any]]:
+def prefill(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Callable[[], Any]]:
     def call(how: str) -> Callable[[], Any]:
-        run = m.compiled(model, how, policy)
+        run = m.compiled(model, how, options)
 
         def forward() -> Tensor:
             with torch.inference_mode():
@@ -194,18 +194,18 @@ def prefill(model: nn.Module, ids: Tensor, policy: Any) -> Callable[[str], Calla
     return call
 
 
-def train(model: nn.Module, ids: Tensor, policy: Any) -> Callable[[str], Callable[[], Any]]:
+def train(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Callable[[], Any]]:
     """Forward and backward with new gradients each time; returns the gradients of the attention's projections."""
     labels = ids.roll(-1, 1)
     watched = [p for name, p in model.named_parameters() if ".attention." in name]
 
     def call(how: str) -> Callable[[], Any]:
-        run = m.compiled(model, how, policy)
+        run = m.compiled(model, how, options)
 
         def step() -> list[Tensor]:
             model.zero_grad(set_to_none=True)
             run(ids, labels).backward()
-            return [p.grad.clone() for p in watched[:8] if p.grad is not None]
+            return [p.grad for p in watched[:8] if p.grad is not None]
 
         return step
 
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--always", action="store_true", help="rewrite every site, whatever the cost model predicts")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to check the script")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and no inductor, to check the script")
     args = parser.parse_args()
     parts, how = tuple(args.parts.split(",")), tuple(args.executors.split(","))
     if not set(parts) <= set(PARTS) or not set(how) <= set(m.EXECUTORS):
@@ -238,7 +238,9 @@ def main() -> None:
     device, shape = args.device, TINY if args.tiny else Shape()
     dtype = torch.float32 if args.tiny else torch.bfloat16
     short, long = (64, 96) if args.tiny else (8192, 32768)
-    policy = {"version": 1, "defaults": {"min_speedup": 0}} if args.always else None
+    options = m.attncomp_options(always=args.always or args.tiny, debug=args.tiny)
+    if args.tiny:
+        how = tuple(x for x in how if x != "inductor")
     torch._dynamo.config.recompile_limit = 64
     m.say(f"{m.conditions(device)}\n")
 
@@ -250,15 +252,15 @@ def main() -> None:
         if "prefill-8k" in parts:
             with torch.inference_mode():
                 exact = _float32(model, ids, device)
-            competitors(f"handwritten attention, forward, {short} tokens", device, prefill(model, ids, policy), how, args.runs, exact)
+            competitors(f"handwritten attention, forward, {short} tokens", device, prefill(model, ids, options), how, args.runs, exact)
         if "train-8k" in parts:
             later = tuple(x for x in how if x != "eager")  # eager keeps every weight of every layer: over 100 GiB at 8k
-            competitors(f"handwritten attention, forward + backward, {short} tokens", device, train(model, ids, policy), later, args.runs)
+            competitors(f"handwritten attention, forward + backward, {short} tokens", device, train(model, ids, options), later, args.runs)
         del model
         m.release(device)
     if "prefill-32k" in parts:
         model = LastLogits(stock(shape, device, dtype, long))
-        competitors(f"transformers Llama, sdpa, forward, {long} tokens", device, prefill(model, tokens(long), policy), how, args.runs)
+        competitors(f"transformers Llama, sdpa, forward, {long} tokens", device, prefill(model, tokens(long), options), how, args.runs)
 
 
 def _float32(model: Llama, ids: Tensor, device: str) -> Tensor | None:

@@ -1,0 +1,179 @@
+"""Linear attention written in the quadratic form: eager, inductor and attncomp as the sequence grows.
+
+Two modules, both over (B, H, n, d): RetNet's ``(q kᵀ ⊙ decay^(i-j)) v`` with a constant decay for each head, and
+``(φ(q) φ(k)ᵀ ⊙ causal) v`` divided by the rows' sums. Time and memory above what the inputs take, forward and forward + backward, and
+the exponent of time over n that fits attncomp's rows best.
+
+Run with ``PYTHONPATH=. python benchmarks/linear.py [--device cpu|cuda] [--tiny]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attncomp
+from benchmarks import measure as m
+
+
+class Retention(nn.Module):
+    """O = ((q kᵀ) ⊙ D) v with D[i, j] = decay_h^(i - j) for j <= i (Sun et al. 2023, arXiv:2307.08621, the parallel form)."""
+
+    decay: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("decay", 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float32)))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[-2]
+        position = torch.arange(n, device=q.device)
+        distance = position[:, None] - position[None, :]
+        decay = torch.exp(torch.log(self.decay)[:, None, None] * distance)
+        decay = decay.masked_fill(distance < 0, 0.0).to(q.dtype)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 * decay) @ v
+
+
+class NormalisedLinear(nn.Module):
+    """O = W v / (W 1 + eps) with W = φ(q) φ(k)ᵀ for j <= i, φ = elu + 1 (Katharopoulos et al. 2020, arXiv:2006.16236)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[-2]
+        allowed = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        scores = (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-1, -2)
+        scores = scores.masked_fill(~allowed, 0.0)
+        return (scores @ v) / (scores.sum(-1, keepdim=True) + 1e-6)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large. limit: bytes that the n² tensors of eager and inductor may take together."""
+
+    device: str
+    dtype: torch.dtype
+    heads: int
+    width: int
+    lengths: tuple[int, ...]
+    limit: float
+
+
+SETTINGS = {
+    "cuda": Setting("cuda", torch.bfloat16, 16, 128, tuple(1024 * 2**n for n in range(7)), 60e9),
+    "cpu": Setting("cpu", torch.float32, 4, 64, tuple(1024 * 2**n for n in range(5)), 4e9),
+}
+
+
+def quadratic_bytes(s: Setting, n: int, training: bool) -> float:
+    """What the n² form holds at once: scores, decay in float32, and their product; the backward as much again."""
+    return s.heads * float(n) ** 2 * (2 * s.dtype.itemsize + 4) * (2 if training else 1)
+
+
+def calls(module: nn.Module, inputs: Sequence[Tensor], how: str, training: bool, options: Any) -> Callable[[], Any]:
+    run = m.compiled(module, how, options)
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            result: Tensor = run(*inputs)
+            return result
+
+    leaves = [x.detach().requires_grad_() for x in inputs] if training else []
+
+    def step() -> list[Tensor]:
+        for x in leaves:
+            x.grad = None
+        out = run(*leaves)
+        out.backward(torch.ones_like(out))
+        return [x.grad for x in leaves if x.grad is not None]
+
+    return step if training else forward
+
+
+def float64_error(module: nn.Module, inputs: Sequence[Tensor], out: Tensor, rows: int) -> float:
+    """Relative error of the last `rows` of `out` in its first head against the same module in float64, a slice of n that fits."""
+    exact = module.double()(*(x[:, :, :rows].double() for x in inputs))[:, :, :rows]
+    error = m.difference(out[:, :, :rows], exact)
+    module.float()
+    return error
+
+
+def exponent(lengths: Sequence[int], ms: Sequence[float]) -> float:
+    """The slope of log time over log n, by least squares."""
+    x, y = [math.log(n) for n in lengths], [math.log(t) for t in ms]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str, ...], runs: int, options: Any) -> str:
+    """Measure one module at every length and return its table."""
+    rows: list[list[str]] = []
+    seen: list[tuple[int, float]] = []
+    summary = ""
+    for n in s.lengths:
+        generator = torch.Generator().manual_seed(n)
+        inputs = [torch.randn(1, s.heads, n, s.width, generator=generator).to(s.device, s.dtype) for _ in range(3)]
+        held = torch.cuda.memory_allocated() if s.device == "cuda" else 0
+        row = [str(n)]
+        error = float("nan")
+        for x in how:
+            if x != "attncomp" and quadratic_bytes(s, n, training) > s.limit:
+                row += ["n² too large", "-"]
+                continue
+            before = len(attncomp.reports())
+            result = m.measure(calls(module, inputs, x, training, options), s.device, runs=runs, warm=1)
+            extra = m.Measured(result.ms, result.peak_bytes - held, result.first_s, failure=result.failure)
+            row += [m.milliseconds(extra), m.gibibytes(extra)]
+            if x == "attncomp":
+                summary = "; ".join(m.report_summary([r]) for r in m.reports_since(before)) or summary
+                if not result.failure:
+                    seen.append((n, result.ms))
+                    if not training:
+                        error = float64_error(module, inputs, result.value, min(n, 1024))
+        rows.append([*row, m.relative(error)])
+        m.say(f"{name}, n={n}: {', '.join(row[1:])}, error {m.relative(error)}")
+    phase = "forward + backward" if training else "forward"
+    head = [f"{name}, {phase}: n", *(cell for x in how for cell in (f"{x} ms", "GiB")), "error, attncomp"]
+    fit = ""
+    if len(seen) > 1:
+        half = seen[len(seen) // 2 :] if len(seen) > 3 else seen
+        fit = f"\nattncomp's time grows as n^{exponent(*zip(*seen, strict=True)):.2f}"
+        fit += f" (from {half[0][0]} tokens on: n^{exponent(*zip(*half, strict=True)):.2f})"
+    return f"{m.table(head, rows)}\n{fit}. {summary}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(SETTINGS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--executors", default=",".join(m.EXECUTORS), help="which competitors, in order")
+    parser.add_argument("--lengths", help="comma-separated, instead of the device's own")
+    parser.add_argument("--phases", default="forward,backward")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--always", action="store_true", help="rewrite every site, whatever the cost model predicts")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and no inductor, to check the script")
+    args = parser.parse_args()
+    s = SETTINGS[args.device]
+    how = tuple(args.executors.split(","))
+    if not set(how) <= set(m.EXECUTORS):
+        parser.error(f"executors are {', '.join(m.EXECUTORS)}")
+    lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else s.lengths
+    if args.tiny:
+        s, lengths = Setting(s.device, torch.float32, 2, 16, (), s.limit), (128, 256)
+        how = tuple(x for x in how if x != "inductor")
+    s = Setting(s.device, s.dtype, s.heads, s.width, lengths, s.limit)
+    options = m.attncomp_options(always=args.always or args.tiny, debug=args.tiny)
+    torch._dynamo.config.recompile_limit = 64
+    m.say(f"{m.conditions(s.device)}; {s.heads} heads x {s.width}, {str(s.dtype).removeprefix('torch.')}, batch 1\n")
+    modules = {"decay": Retention(s.heads), "normalised": NormalisedLinear()}
+    for name, module in modules.items():
+        for phase in args.phases.split(","):
+            m.say(run(name, module.to(s.device), s, phase == "backward", how, args.runs, options))
+
+
+if __name__ == "__main__":
+    main()
