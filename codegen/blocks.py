@@ -93,9 +93,9 @@ MIN_ROWS, MAX_ROWS = 32, 256
 def block_rows(proof: MaskProof, symbols: Mapping[str, int], size: Mapping[str, int], group: int, elements: int) -> int:
     """Query rows of one block.
 
-    A block of r rows computes r more keys than a row's range, and starting its operators takes the time of some
-    ``elements / 8`` scores: r = sqrt(elements / 8 / (batch * heads)) balances the two. Long ranges take an eighth of the
-    range; and the rows of one group of heads have no more than `elements` scores.
+    A block of r rows computes r more keys than a row's range, and starting its operators takes as long as about
+    ``elements / 8`` scores: r = sqrt(elements / 8 / (batch * heads)) balances the two. Long ranges take an eighth of
+    the range; and the rows of one group of heads have no more than `elements` scores.
     """
     queries, keys = size["i"], size["j"]
     middle = max(0, (queries - 1) // 2)

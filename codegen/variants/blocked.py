@@ -56,7 +56,7 @@ class Blocked:
         if is_trained(spec):
             missing = missing_derivative(spec)
             if missing is not None:
-                return Rejection("derivative", f"no rule differentiates {missing}")
+                return Rejection("no-derivative", f"no rule differentiates {missing}")
         return Offer({"elements": ELEMENTS}, self._work(request))
 
     def _work(self, request: Request) -> Work:

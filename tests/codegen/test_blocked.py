@@ -367,7 +367,7 @@ REJECTED = (
     ("access", replace(PLAIN, score=op("abs", sub(Load("q", (B, H, I, D)), Load("k", (B, H, J, D)))))),
     ("dtype", replace(PLAIN, tensors=(*PLAIN.tensors[:2], replace(PLAIN.tensors[2], dtype="int64")))),
     ("output-dtype", replace(PLAIN, dtype="float32")),
-    ("derivative", replace(PLAIN, program=op("floor", S))),
+    ("no-derivative", replace(PLAIN, program=op("floor", S))),
 )
 
 
