@@ -113,7 +113,11 @@ def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     for key in rest:
         if key not in known:
             near = difflib.get_close_matches(key, [*OWN_OPTIONS, *known], n=1)
-            hint = f'Did you mean "{near[0]}"' if near else f"attncomp's own are {', '.join(OWN_OPTIONS)}; all others are inductor's"
+            hint = (
+                f'Did you mean "{near[0]}"'
+                if near
+                else f"attncomp's own are {', '.join(OWN_OPTIONS)}; all others are inductor's"
+            )
             raise OptionsError(f'unknown option "{key}"', where="torch.compile options", fix=hint)
     executor = own.get("executor", "inductor")
     if executor not in EXECUTORS:

@@ -87,7 +87,9 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
     tensor = grid.tensors[e.tensor]
     names = [a.name if isinstance(a, Axis) else None for a in e.index]
     used = [n for n in names if n is not None]
-    if len(set(used)) == len(used) and all(n is not None or isinstance(a, Const) for n, a in zip(names, e.index, strict=True)):
+    if len(set(used)) == len(used) and all(
+        n is not None or isinstance(a, Const) for n, a in zip(names, e.index, strict=True)
+    ):
         view = tensor
         for dim in reversed(range(len(names))):  # pure axes and constants: a view, no gather
             a, name = e.index[dim], names[dim]

@@ -35,7 +35,9 @@ def explain(
     from attncomp.backend import run_passes
 
     if not callable(model):
-        raise ExplainError(f"a {type(model).__name__} can't be called", where="attncomp.explain", fix="Pass a module or a function")
+        raise ExplainError(
+            f"a {type(model).__name__} can't be called", where="attncomp.explain", fix="Pass a module or a function"
+        )
     loaded = load_policy(policy)
     found: list[Report] = []
 

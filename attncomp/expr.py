@@ -50,7 +50,9 @@ class Const(Expr):
         return "bool" if isinstance(self.value, bool) else "int" if isinstance(self.value, int) else "float"
 
     def __eq__(self, other: object) -> bool:  # 1, 1.0 and True are different constants; NaN equals itself
-        return isinstance(other, Const) and type(self.value) is type(other.value) and repr(self.value) == repr(other.value)
+        return (
+            isinstance(other, Const) and type(self.value) is type(other.value) and repr(self.value) == repr(other.value)
+        )
 
     def __hash__(self) -> int:
         return hash((type(self.value), repr(self.value)))
@@ -229,7 +231,9 @@ OPS: dict[str, OpInfo] = {
     "rsqrt": OpInfo(1, "float", lambda x: _div(1.0, _safe(math.sqrt)(x))),
     "reciprocal": OpInfo(1, "float", lambda x: _div(1.0, x)),
     "tanh": OpInfo(1, "float", math.tanh),
-    "sigmoid": OpInfo(1, "float", lambda x: 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))),
+    "sigmoid": OpInfo(
+        1, "float", lambda x: 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+    ),
     "relu": OpInfo(1, "same", lambda x: max(x, 0)),
     "sin": OpInfo(1, "float", _safe(math.sin)),
     "cos": OpInfo(1, "float", _safe(math.cos)),
@@ -270,7 +274,9 @@ def op(name: str, *args: Expr) -> Expr:
         raise ValueError(f"{name} takes {info.arity} arguments, got {len(args)}")
     if all(isinstance(a, Const) for a in args):
         values = [a.value for a in args if isinstance(a, Const)]
-        if not (name in ("floordiv", "mod") and values[1] == 0) and not (name == "to_int" and not math.isfinite(values[0])):
+        if not (name in ("floordiv", "mod") and values[1] == 0) and not (
+            name == "to_int" and not math.isfinite(values[0])
+        ):
             folded = info.fold(*values)
             kind = Op(name, args).kind
             return Const(bool(folded) if kind == "bool" else int(folded) if kind == "int" else float(folded))
@@ -404,7 +410,9 @@ def _simplify_not(x: Expr) -> Expr | None:
     if isinstance(x, Op):
         if x.name == "not":
             return x.args[0]
-        if x.name in ("eq", "ne") or (x.name in _NEGATED and all(a.kind != "float" for a in x.args)):  # NaN: not (a < b) is no (a >= b)
+        if x.name in ("eq", "ne") or (
+            x.name in _NEGATED and all(a.kind != "float" for a in x.args)
+        ):  # NaN: not (a < b) is no (a >= b)
             return op(_NEGATED[x.name], *x.args)
         if x.name == "and":
             return or_(not_(x.args[0]), not_(x.args[1]))

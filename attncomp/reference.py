@@ -46,7 +46,9 @@ def attention_reference(
     mask = evaluate_tensor(spec.mask, box).expand(full)
     weight = _normalise(spec, values, mask, box)
     if not isinstance(spec.weight, Const):
-        weight = evaluate_tensor(spec.weight, Grid(box.axes, named, q.device, symbols, weight=weight, dtype=dtype)).expand(full)
+        weight = evaluate_tensor(
+            spec.weight, Grid(box.axes, named, q.device, symbols, weight=weight, dtype=dtype)
+        ).expand(full)
     return weight @ over(spec.value, "b", "h", "j", "e")
 
 

@@ -72,7 +72,9 @@ class Report:
         if self.fallback is not None and not self.sites:
             return f"attncomp: the graph was left to inductor as it is ({self.fallback})"
         rewritten = sum(s.verdict == "rewritten" for s in self.sites)
-        lines = [f"attncomp: {rewritten} of {len(self.sites)} attention sites rewritten on {self.device} ({self.seconds:.2f} s of analysis)"]
+        lines = [
+            f"attncomp: {rewritten} of {len(self.sites)} attention sites rewritten on {self.device} ({self.seconds:.2f} s of analysis)"
+        ]
         if self.fallback is not None:
             lines.append(f"  the graph was left to inductor as it is: {self.fallback}")
         groups: dict[tuple[object, ...], list[SiteReport]] = {}
@@ -96,7 +98,11 @@ def _describe(same: list[SiteReport]) -> list[str]:
     lines.extend(f"    proof: {fact}" for fact in site.facts)
     for c in site.candidates:
         if c.variant != site.variant:
-            lines.append(f"    {c.variant}: {c.rejection}" if c.rejection else f"    {c.variant}: {c.predicted_ms:.3g} ms predicted")
+            lines.append(
+                f"    {c.variant}: {c.rejection}"
+                if c.rejection
+                else f"    {c.variant}: {c.predicted_ms:.3g} ms predicted"
+            )
     return lines
 
 

@@ -42,11 +42,15 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         graph, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
-    named = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(dynamo_graph.named_buffers(remove_duplicate=False))
+    named = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
+        dynamo_graph.named_buffers(remove_duplicate=False)
+    )
     lifted = tuple(named[name] for name in (*signature.parameters, *signature.buffers))
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(lifted) + len(inputs):
-        return Rejection("capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones")
+        return Rejection(
+            "capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones"
+        )
     targets = dict(signature.user_inputs_to_mutate)
     buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
     targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
@@ -73,9 +77,13 @@ def _unsupported(graph: GraphModule) -> Rejection | None:
             continue
         for node in module.graph.nodes:
             if node.op == "call_function" and node.target in (torch.amp.autocast_mode._enter_autocast,):
-                return Rejection("autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run")
+                return Rejection(
+                    "autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run"
+                )
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                return Rejection("higher-order-op", f"the graph contains the higher-order operator {node.target.name()}")
+                return Rejection(
+                    "higher-order-op", f"the graph contains the higher-order operator {node.target.name()}"
+                )
     return None
 
 

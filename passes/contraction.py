@@ -93,7 +93,12 @@ def _einsum(node: Node) -> tuple[Node, Node, str, str, str] | None:
     a, b = operands
     if not (isinstance(a, Node) and isinstance(b, Node)):
         return None
-    sizes = {c: s for x, labels in ((a, left), (b, right)) for s, c in zip(value_of(x).shape, labels, strict=True) if c in summed}
+    sizes = {
+        c: s
+        for x, labels in ((a, left), (b, right))
+        for s, c in zip(value_of(x).shape, labels, strict=True)
+        if c in summed
+    }
     if any(isinstance(s, int) and s == 1 for s in sizes.values()):
         return None
     return a, b, left, right, out

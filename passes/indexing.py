@@ -150,8 +150,10 @@ class Reader:
             result = None
         if result is None or result.kind != kind_of(value.dtype):
             return self.load(node, index)
-        if result.kind == "float" and node in self._no_grad and any(
-            self.nodes[x.tensor] not in self._no_grad for x in _float_loads(result)
+        if (
+            result.kind == "float"
+            and node in self._no_grad
+            and any(self.nodes[x.tensor] not in self._no_grad for x in _float_loads(result))
         ):
             return self.load(node, index)  # expanding it would let gradients through
         return self.refine(result)
@@ -330,7 +332,11 @@ def _squeeze(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | N
     assert isinstance(source, Node)
     shape = value_of(source).shape
     dims = argument(node, 1, "dim")
-    chosen = range(len(shape)) if dims is None else [_dim(d, len(shape)) for d in ([dims] if isinstance(dims, int) else dims)]
+    chosen = (
+        range(len(shape))
+        if dims is None
+        else [_dim(d, len(shape)) for d in ([dims] if isinstance(dims, int) else dims)]
+    )
     gone = {d for d in chosen if _is_one(shape[d])}
     rest = iter(index)
     inner = tuple(ZERO if d in gone else next(rest) for d in range(len(shape)))
@@ -495,7 +501,13 @@ def _getitem_of_split(reader: Reader, node: Node, index: Index) -> tuple[Node, I
     if not isinstance(parts, Node) or not isinstance(which, int):
         return None
     source = parts.args[0]
-    if not isinstance(source, Node) or name_of(parts) not in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split"):
+    if not isinstance(source, Node) or name_of(parts) not in (
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "tensor_split",
+    ):
         return None
     rank = value_of(source).dim()
     if name_of(parts) == "unbind":
@@ -624,7 +636,13 @@ def _div(reader: Reader, node: Node, index: Index) -> Expr | None:
     rounding = node.kwargs.get("rounding_mode")
     if rounding is None and name_of(node) != "floor_divide":
         return op("div", op("to_float", x), op("to_float", y))
-    if value_of(node).dtype in _EXACT_INTEGERS and x.kind == "int" and isinstance(y, Const) and y.kind == "int" and y.value > 0:
+    if (
+        value_of(node).dtype in _EXACT_INTEGERS
+        and x.kind == "int"
+        and isinstance(y, Const)
+        and y.kind == "int"
+        and y.value > 0
+    ):
         if rounding == "trunc" and not polynomial.at_least(x, 0, reader.extents):
             return None
         return divide(x, y, reader.extents) if polynomial.at_least(x, 0, reader.extents) else floordiv(x, y)
@@ -633,7 +651,13 @@ def _div(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 def _remainder(reader: Reader, node: Node, index: Index) -> Expr | None:
     x, y = (reader.operand(a, index) for a in node.args[:2])
-    if value_of(node).dtype in _EXACT_INTEGERS and x.kind == "int" and isinstance(y, Const) and y.kind == "int" and y.value > 0:
+    if (
+        value_of(node).dtype in _EXACT_INTEGERS
+        and x.kind == "int"
+        and isinstance(y, Const)
+        and y.kind == "int"
+        and y.value > 0
+    ):
         if polynomial.at_least(x, 0, reader.extents):
             return remainder(x, y, reader.extents)
         return mod(x, y) if name_of(node) == "remainder" else None
@@ -697,7 +721,11 @@ def _unary(name: str) -> Rule:
         x = reader.operand(node.args[0], index)
         if value_of(node).dtype.is_floating_point:
             return op(name, op("to_float", x))
-        return op(name, x) if name in ("neg", "abs") and x.kind == "int" and value_of(node).dtype in _EXACT_INTEGERS else None
+        return (
+            op(name, x)
+            if name in ("neg", "abs") and x.kind == "int" and value_of(node).dtype in _EXACT_INTEGERS
+            else None
+        )
 
     return rule
 
@@ -712,12 +740,18 @@ def _cast_value(reader: Reader, node: Node, index: Index) -> Expr | None:
         return None
     if kind == "float":
         # an integer is exact in float32 and float64 at tensor sizes, not in half precision
-        return op("to_float", x) if x.kind == "float" or x.kind == "bool" or to in (torch.float32, torch.float64) else None
+        return (
+            op("to_float", x) if x.kind == "float" or x.kind == "bool" or to in (torch.float32, torch.float64) else None
+        )
     if kind == "bool":
         return op("to_bool", x) if _exact(x) else None
     if x.kind == "float":
         return op("to_int", x) if isinstance(x, Op) and x.name == "to_float" else None
-    return op("to_int", x) if to in _EXACT_INTEGERS and (of is torch.bool or of in _INTEGERS or of is torch.uint8) else None
+    return (
+        op("to_int", x)
+        if to in _EXACT_INTEGERS and (of is torch.bool or of in _INTEGERS or of is torch.uint8)
+        else None
+    )
 
 
 def _where(reader: Reader, node: Node, index: Index) -> Expr | None:
@@ -815,7 +849,9 @@ def _gather_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     rank = value_of(source).dim()
     indices += [None] * (rank - len(indices))
     used = [n for n, i in enumerate(indices) if i is not None]
-    if not used or used != list(range(used[0], used[-1] + 1)):  # separated index tensors move to the front: not needed yet
+    if not used or used != list(
+        range(used[0], used[-1] + 1)
+    ):  # separated index tensors move to the front: not needed yet
         return None
     if any(value_of(i).dtype not in _EXACT_INTEGERS for i in indices if isinstance(i, Node)):
         return None
@@ -839,7 +875,12 @@ def _arange(reader: Reader, node: Node, index: Index) -> Expr | None:
         if overload == "start_step":
             step = reader.scalar(argument(node, 2, "step", 1))  # type: ignore[assignment]
     dtype = value_of(node).dtype
-    if start.kind == "float" or step.kind == "float" or dtype in (torch.float16, torch.bfloat16) or dtype is torch.uint8:
+    if (
+        start.kind == "float"
+        or step.kind == "float"
+        or dtype in (torch.float16, torch.bfloat16)
+        or dtype is torch.uint8
+    ):
         return None
     value = add(mul(index[0], step), start)
     return op("to_float", value) if dtype.is_floating_point else value
@@ -887,7 +928,12 @@ def _sum(reader: Reader, node: Node, index: Index) -> Expr | None:
     source = node.args[0]
     assert isinstance(source, Node)
     dims = argument(node, 1, "dim")
-    if not reader.sums or not isinstance(dims, list | tuple) or len(dims) != 1 or not value_of(node).dtype.is_floating_point:
+    if (
+        not reader.sums
+        or not isinstance(dims, list | tuple)
+        or len(dims) != 1
+        or not value_of(node).dtype.is_floating_point
+    ):
         return None
     rank = value_of(source).dim()
     d = _dim(int(dims[0]), rank)
@@ -914,7 +960,13 @@ def _clamp(reader: Reader, node: Node, index: Index) -> Expr | None:
     x = reader.operand(node.args[0], index)
     name = name_of(node)
     low = argument(node, 1, "min") if name in ("clamp", "clamp_min", "clip") else None
-    high = argument(node, 2, "max") if name in ("clamp", "clip") else argument(node, 1, "max") if name == "clamp_max" else None
+    high = (
+        argument(node, 2, "max")
+        if name in ("clamp", "clip")
+        else argument(node, 1, "max")
+        if name == "clamp_max"
+        else None
+    )
     to = "to_float" if value_of(node).dtype.is_floating_point else "to_int"
     if to == "to_int" and value_of(node).dtype not in _EXACT_INTEGERS:
         return None
@@ -951,7 +1003,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical("or")),
     **dict.fromkeys(("logical_not", "bitwise_not"), _logical("not")),
     **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _xor),
-    **{n: _unary(n) for n in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid")},
+    **{
+        n: _unary(n)
+        for n in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid")
+    },
     **{n: _unary(n) for n in ("relu", "sin", "cos", "erf")},
     "pow": _pow,
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), _clamp),
@@ -966,7 +1021,19 @@ _RULES: dict[str, Rule] = {
     "index": _gather_index,
     "arange": _arange,
     **dict.fromkeys(
-        ("full", "full_like", "new_full", "scalar_tensor", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "fill"),
+        (
+            "full",
+            "full_like",
+            "new_full",
+            "scalar_tensor",
+            "zeros",
+            "zeros_like",
+            "new_zeros",
+            "ones",
+            "ones_like",
+            "new_ones",
+            "fill",
+        ),
         _filled,
     ),
     "cumsum": _cumsum,

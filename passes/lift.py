@@ -12,7 +12,25 @@ import torch
 from torch.fx import Node
 
 from attncomp.expr import (
-    Axis, Const, Expr, Load, Op, Score, Sum, Weight, add, axes_of, contains, floordiv, ge, loads_of, mul, op, substitute, to_float, where
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Score,
+    Sum,
+    Weight,
+    add,
+    axes_of,
+    contains,
+    floordiv,
+    ge,
+    loads_of,
+    mul,
+    op,
+    substitute,
+    to_float,
+    where,
 )
 from attncomp.passes.contraction import contract, is_contraction, summed_size
 from attncomp.passes.indexing import Index, Reader, argument, name_of, shape_of, value_of
@@ -81,11 +99,18 @@ def _lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
     if not consumers:
         used = escape.name if escape is not None else "nothing"
         is_output = escape is not None and escape.op == "output"
-        yield Rejection(
-            "no-value-contraction", f"the weights go to {'the output' if is_output else used}, not to a product with values"
-        ) if _scores_only(source) else None
+        yield (
+            Rejection(
+                "no-value-contraction",
+                f"the weights go to {'the output' if is_output else used}, not to a product with values",
+            )
+            if _scores_only(source)
+            else None
+        )
     if escape is not None:
-        yield Rejection("weights-escape", f"the attention weights are also used by {escape.name}: they must exist as a tensor")
+        yield Rejection(
+            "weights-escape", f"the attention weights are also used by {escape.name}: they must exist as a tensor"
+        )
     if len(consumers) > 1:
         yield Rejection("weights-used-twice", f"the weights meet values in {len(consumers)} products")
     output = consumers[0]
@@ -115,18 +140,33 @@ def _lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
     dim = dim + len(index) if dim < 0 else dim
     if index[dim] != J:
         yield Rejection(
-            "softmax-axis", f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over"
+            "softmax-axis",
+            f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over",
         )
     rest = [a for n, a in enumerate(index) if n != dim and a != Const(0)]
     if not all(isinstance(a, Axis) for a in rest) or len(set(rest)) != len(rest) or J in rest:
-        yield Rejection("weights-layout", f"the weights are rearranged between softmax and values: read at ({', '.join(map(str, index))})")
+        yield Rejection(
+            "weights-layout",
+            f"the weights are rearranged between softmax and values: read at ({', '.join(map(str, index))})",
+        )
     weight = substitute(weight, {at[0]: Weight()})
     if dropout > 0 and weight != Weight():
         yield Rejection("dropout-order", "dropout is combined with other changes of the weights")
     half = value_of(source).dtype is torch.float16
     program = reader.at(source, index)
     yield _finish(
-        graph, reader, "softmax", softmax, output, axes, program, weight, values, value_index, dropout=dropout, half=half
+        graph,
+        reader,
+        "softmax",
+        softmax,
+        output,
+        axes,
+        program,
+        weight,
+        values,
+        value_index,
+        dropout=dropout,
+        half=half,
     )
 
 
@@ -273,7 +313,11 @@ def _lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
     heads, kv_heads = shape_of(q)[-3], shape_of(k)[-3]
     kv_batch: list[Expr] = list(batch)
     if grouped and heads != kv_heads:
-        if not (isinstance(heads, Const) and isinstance(kv_heads, Const) and int(heads.value) % max(int(kv_heads.value), 1) == 0):
+        if not (
+            isinstance(heads, Const)
+            and isinstance(kv_heads, Const)
+            and int(heads.value) % max(int(kv_heads.value), 1) == 0
+        ):
             yield Rejection("head-groups", f"{heads} query heads over {kv_heads} key heads")
         assert isinstance(heads, Const) and isinstance(kv_heads, Const)
         kv_batch[-1] = floordiv(batch[-1], Const(int(heads.value) // int(kv_heads.value)))
@@ -330,7 +374,9 @@ def _lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
 
 def _lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
     product = contract(output, Axes.of_output(output).index, J)
-    candidates = [x for x in (product.left, product.right) if not is_contraction(x) and _reaches_contraction(x, depth=8)]
+    candidates = [
+        x for x in (product.left, product.right) if not is_contraction(x) and _reaches_contraction(x, depth=8)
+    ]
     for weights in candidates:
         axes = Axes.of_output(output)
         extents = axes.extents
@@ -364,7 +410,9 @@ def _lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
             continue  # nothing between the products depends on both positions: plain matrix algebra
         users = [u for u in weights.users if u is not output and not (last is not output and name_of(u) == "sum")]
         if users:
-            yield Rejection("weights-escape", f"the masked product is also used by {users[0].name}: it must exist as a tensor")
+            yield Rejection(
+                "weights-escape", f"the masked product is also used by {users[0].name}: it must exist as a tensor"
+            )
         yield _finish(
             graph, reader, "linear", output, last, axes, weight, Weight(), values, value_index, normaliser=normaliser
         )
@@ -387,7 +435,11 @@ def _normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) ->
     if len(output.users) != 1:
         return None
     user = next(iter(output.users))
-    if name_of(user) not in ("div", "true_divide") or value_of(user).shape != value_of(output).shape or user.args[0] is not output:
+    if (
+        name_of(user) not in ("div", "true_divide")
+        or value_of(user).shape != value_of(output).shape
+        or user.args[0] is not output
+    ):
         return None
     found = row_normaliser(_divided(weight, reader.operand(user.args[1], axes.index)))
     return None if found is None else (user, found[1])
@@ -395,5 +447,3 @@ def _normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) ->
 
 def _divided(x: Expr, y: Expr) -> Expr:
     return Op("div", (x, y))
-
-

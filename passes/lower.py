@@ -33,7 +33,11 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
         captured = args[3 : 3 + len(site.captured)]
         sizes = args[3 + len(site.captured) :]
         return _restore(
-            variant.build(plan, _query(q, site), _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes), q, k, v, site
+            variant.build(plan, _query(q, site), _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes),
+            q,
+            k,
+            v,
+            site,
         )
 
     values = [value_of(n) for n in nodes]
@@ -209,7 +213,9 @@ def replace(graph: GraphModule, old: Node, new: Node) -> None:
         chain = _strided_users(old)
         if chain is None:
             with graph.graph.inserting_after(new):
-                fixed = graph.graph.call_function(torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+                fixed = graph.graph.call_function(
+                    torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format}
+                )
             fixed.meta = dict(new.meta)
             fixed.meta["val"] = value_of(old)
             new = fixed
@@ -223,7 +229,9 @@ def replace(graph: GraphModule, old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
 
 
-_ANY_STRIDES = frozenset(("linear", "matmul", "mul", "add", "sub", "div", "gelu", "silu", "relu", "dropout", "layer_norm", "bmm", "addmm"))
+_ANY_STRIDES = frozenset(
+    ("linear", "matmul", "mul", "add", "sub", "div", "gelu", "silu", "relu", "dropout", "layer_norm", "bmm", "addmm")
+)
 
 
 def _strided_users(node: Node) -> list[Node] | None:
@@ -233,9 +241,16 @@ def _strided_users(node: Node) -> list[Node] | None:
     while queue:
         for user in queue.pop().users:
             name = name_of(user)
-            if name in ("transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "contiguous") or (
-                name == "clone" and user.kwargs.get("memory_format") is torch.contiguous_format
-            ):
+            if name in (
+                "transpose",
+                "permute",
+                "view",
+                "_unsafe_view",
+                "reshape",
+                "unsqueeze",
+                "squeeze",
+                "contiguous",
+            ) or (name == "clone" and user.kwargs.get("memory_format") is torch.contiguous_format):
                 if user not in chain:
                     chain.append(user)
                     queue.append(user)

@@ -139,7 +139,12 @@ def _factor(reader: Reader, node: Node) -> tuple[Node, Expr] | None:
     x, y = node.args[:2]
     if isinstance(x, Node) and isinstance(value_of(x), torch.Tensor) and value_of(x).shape == value.shape:
         tensor, number = x, y
-    elif name == "mul" and isinstance(y, Node) and isinstance(value_of(y), torch.Tensor) and value_of(y).shape == value.shape:
+    elif (
+        name == "mul"
+        and isinstance(y, Node)
+        and isinstance(value_of(y), torch.Tensor)
+        and value_of(y).shape == value.shape
+    ):
         tensor, number = y, x
     else:
         return None
@@ -166,12 +171,27 @@ def _plain(
     for dim, a in enumerate(index):
         if a == ZERO and shape[dim] == ONE:
             continue
-        if isinstance(a, Axis) and a.name in wanted and a.name not in at and polynomial.equal(shape[dim], reader.extents[a.name]):
+        if (
+            isinstance(a, Axis)
+            and a.name in wanted
+            and a.name not in at
+            and polynomial.equal(shape[dim], reader.extents[a.name])
+        ):
             at[a.name] = dim
             continue
-        if grouped and isinstance(a, Op) and a.name == "floordiv" and isinstance(a.args[0], Axis) and isinstance(a.args[1], Const):
+        if (
+            grouped
+            and isinstance(a, Op)
+            and a.name == "floordiv"
+            and isinstance(a.args[0], Axis)
+            and isinstance(a.args[1], Const)
+        ):
             name, g = a.args[0].name, int(a.args[1].value)
-            if name in wanted[:-2] and name not in at and polynomial.equal(mul(shape[dim], Const(g)), reader.extents[name]):
+            if (
+                name in wanted[:-2]
+                and name not in at
+                and polynomial.equal(mul(shape[dim], Const(g)), reader.extents[name])
+            ):
                 at[name] = dim
                 group = g
                 continue
@@ -267,7 +287,9 @@ def assemble(
             captured.setdefault(load.tensor, node)
     late = _depends(captured.values(), reader.nodes.get(score_load.tensor), anchor)
     if late is not None:
-        return Rejection("depends-on-scores", f"{late.name} is computed from the scores by an operation that is not pointwise")
+        return Rejection(
+            "depends-on-scores", f"{late.name} is computed from the scores by an operation that is not pointwise"
+        )
     renamed = {name: f"c{n}" for n, name in enumerate(captured)}
 
     def rename(e: Expr) -> Expr:
@@ -427,7 +449,9 @@ def _take_mask(
     if masked.finite and not proof.row_nonempty:
         # Filled with a finite number, an empty row is uniform over all keys: kept as the arithmetic it is.
         everything = prove(TRUE, extents)
-        literal = replace(everything, text=proof.text, facts=(*proof.facts, "masked by a finite number: tested at each element"))
+        literal = replace(
+            everything, text=proof.text, facts=(*proof.facts, "masked by a finite number: tested at each element")
+        )
         return program, TRUE, Normaliser("softmax", empty=empty if minus_infinity(program) else "impossible"), literal
     return masked.program, masked.mask, Normaliser("softmax", empty=empty), proof
 
@@ -452,5 +476,3 @@ def _depends(captured: Iterable[Node], score: Node | None, anchor: Node) -> Node
 def needs_gradient(node: Node) -> bool:
     """Whether a gradient flows into this node's tensor; set by the capture pass on every node."""
     return bool(node.meta.get("attncomp_grad", False))
-
-

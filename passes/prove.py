@@ -34,7 +34,6 @@ from attncomp.proof import MaskProof
 from attncomp.spec import I, J
 
 
-
 @dataclass(frozen=True, slots=True)
 class _Band:
     """A predicate as a band of keys per query, [lo, hi), and of queries per key; exact: the band is the predicate."""
@@ -122,9 +121,19 @@ def _union(bands: list[_Band], mask: Expr, extents: Mapping[str, Expr]) -> _Band
     names = [_text(b.names) for b in bands]
     if exact and sorted(n.split("(")[0] for n in names) == ["causal", "prefix"]:
         name = next(n for n in names if n.startswith("prefix"))
-        return _Band(lo, hi, query_lo, query_hi, True, ((3, name),), (*facts, f"{mask}: a bidirectional prefix before causal keys"))
+        return _Band(
+            lo,
+            hi,
+            query_lo,
+            query_hi,
+            True,
+            ((3, name),),
+            (*facts, f"{mask}: a bidirectional prefix before causal keys"),
+        )
     joined = " | ".join(f"({n})" if " " in n else n for n in names) if all(b.exact for b in bands) else "dense"
-    return _Band(lo, hi, query_lo, query_hi, exact, ((6 if joined == "dense" else 3, joined),), (*facts, f"{mask}: a union"))
+    return _Band(
+        lo, hi, query_lo, query_hi, exact, ((6 if joined == "dense" else 3, joined),), (*facts, f"{mask}: a union")
+    )
 
 
 def _atom(e: Expr, extents: Mapping[str, Expr]) -> _Band:
@@ -134,7 +143,15 @@ def _atom(e: Expr, extents: Mapping[str, Expr]) -> _Band:
         if found is not None:
             return found
     name = _data_name(e)
-    return _Band(full.lo, full.hi, full.query_lo, full.query_hi, False, (name,), (f"{e}: depends on data, tested at each element",))
+    return _Band(
+        full.lo,
+        full.hi,
+        full.query_lo,
+        full.query_hi,
+        False,
+        (name,),
+        (f"{e}: depends on data, tested at each element",),
+    )
 
 
 def _linear(e: Op, extents: Mapping[str, Expr]) -> _Band | None:
@@ -160,13 +177,17 @@ def _linear(e: Op, extents: Mapping[str, Expr]) -> _Band | None:
         return _Band(full.lo, add(add(I, c), ONE), sub(J, c), full.query_hi, True, (name,), facts)
     if (ci, cj) == (-1, 1):  # j >= i - c
         facts = (f"{e}: keys before {sub(I, c)} are never seen",)
-        return _Band(sub(I, c), full.hi, full.query_lo, add(add(J, c), ONE), True, ((1, f"window({add(c, ONE)})"),), facts)
+        return _Band(
+            sub(I, c), full.hi, full.query_lo, add(add(J, c), ONE), True, ((1, f"window({add(c, ONE)})"),), facts
+        )
     if (ci, cj) == (0, -1):  # j <= c
         facts = (f"{e}: keys from {add(c, ONE)} on are never seen",)
         return _Band(full.lo, add(c, ONE), full.query_lo, full.query_hi, True, ((3, f"prefix({add(c, ONE)})"),), facts)
     if (ci, cj) == (0, 1):  # j >= -c
         facts = (f"{e}: keys before {sub(ZERO, c)} are never seen",)
-        return _Band(sub(ZERO, c), full.hi, full.query_lo, full.query_hi, True, ((3, f"suffix({sub(ZERO, c)})"),), facts)
+        return _Band(
+            sub(ZERO, c), full.hi, full.query_lo, full.query_hi, True, ((3, f"suffix({sub(ZERO, c)})"),), facts
+        )
     return None
 
 
@@ -249,6 +270,3 @@ def _clamp_low(e: Expr, extents: Mapping[str, Expr]) -> Expr:
 
 def _clamp_high(e: Expr, size: Expr, extents: Mapping[str, Expr]) -> Expr:
     return _lesser(e, size, extents)
-
-
-

@@ -73,9 +73,7 @@ def rewrite(
         reports.append(_site_report(item, request, choice, failure))
     if apply:
         _remove_dead(graph)
-    return Rewritten(
-        captured, Report(tuple(reports), None, device, policy.canonical(), time.perf_counter() - start)
-    )
+    return Rewritten(captured, Report(tuple(reports), None, device, policy.canonical(), time.perf_counter() - start))
 
 
 def _choose(
@@ -125,7 +123,11 @@ def size_hints(site: Site) -> dict[str, int]:
         for s in value_of(node).shape:
             if isinstance(s, torch.SymInt):
                 for symbol in s.node.expr.free_symbols:
-                    known = s.node.shape_env.backed_var_to_val.get(symbol) if hasattr(s.node.shape_env, "backed_var_to_val") else None
+                    known = (
+                        s.node.shape_env.backed_var_to_val.get(symbol)
+                        if hasattr(s.node.shape_env, "backed_var_to_val")
+                        else None
+                    )
                     if known is None:
                         known = getattr(s.node.shape_env, "var_to_val", {}).get(symbol)
                     symbols[str(symbol)] = int(known) if known is not None else 1
@@ -182,7 +184,15 @@ def _library_ms(site: Site, request: Request, variants: Sequence[Variant], hardw
         return min(times)
     n = request.hints
     work = unfused_softmax_work(
-        n["b"], n["h"], n["h"], n["i"], n["j"], n["d"], n["e"], tensor_of(site.q.node).dtype.itemsize, spec.training,
+        n["b"],
+        n["h"],
+        n["h"],
+        n["i"],
+        n["j"],
+        n["d"],
+        n["e"],
+        tensor_of(site.q.node).dtype.itemsize,
+        spec.training,
         efficiency=UNFUSED[hardware.kind],
         mask_bytes=0.0 if mask is None or spec.mask == TRUE else float(n["b"] * n["i"] * n["j"]),
     )
@@ -201,7 +211,9 @@ def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool) -
     try:
         new = lower(graph, site, choice.plan, choice.variant)
     except Exception as error:  # a variant that can't be traced must not cost the user the model
-        return Rejection("error", f"the {choice.variant.name} variant could not be traced: {type(error).__name__}: {error}")
+        return Rejection(
+            "error", f"the {choice.variant.name} variant could not be traced: {type(error).__name__}: {error}"
+        )
     if isinstance(new, Rejection):
         return new
     problem = verify_metadata(site.output, new)
@@ -238,7 +250,9 @@ def _site_report(site: Site, request: Request, choice: Choice, failure: Rejectio
     kv_heads = n["h"] // (site.spec.group or 1)
     heads = f"{n['h']}" if kv_heads == n["h"] else f"{n['h']}/{kv_heads}"
     width = f"{n['d']}" if n["d"] == n["e"] else f"{n['d']}/{n['e']}"
-    shape = f"B{n['b']} H{heads} Q{n['i']} K{n['j']} D{width} {site.spec.dtype}{' training' if site.spec.training else ''}"
+    shape = (
+        f"B{n['b']} H{heads} Q{n['i']} K{n['j']} D{width} {site.spec.dtype}{' training' if site.spec.training else ''}"
+    )
     rewritten = choice.variant is not None and failure is None
     variant = choice.variant
     return SiteReport(

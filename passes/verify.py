@@ -20,7 +20,9 @@ def verify_metadata(old: Node, new: Node) -> Rejection | None:
     if not isinstance(b, torch.Tensor):
         return Rejection("verify-shape", "the replacement is no tensor")
     if a.dtype != b.dtype or a.device != b.device:
-        return Rejection("verify-dtype", f"the replacement is {b.dtype} on {b.device}, the original {a.dtype} on {a.device}")
+        return Rejection(
+            "verify-dtype", f"the replacement is {b.dtype} on {b.device}, the original {a.dtype} on {a.device}"
+        )
     if len(a.shape) != len(b.shape) or any(not _equal(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
         return Rejection("verify-shape", f"the replacement has shape {list(b.shape)}, the original {list(a.shape)}")
     return None
@@ -32,9 +34,7 @@ def _equal(x: Any, y: Any) -> bool:
     return bool(x == y)
 
 
-def values_at(
-    graph: GraphModule, outputs: Sequence[Node], given: Mapping[Node, Any]
-) -> list[Any]:
+def values_at(graph: GraphModule, outputs: Sequence[Node], given: Mapping[Node, Any]) -> list[Any]:
     """Run the part of the graph that `outputs` need, from the values `given` for some nodes; symbolic sizes take their hints.
 
     Raises:
