@@ -32,16 +32,17 @@ ATEN_LAUNCHES = {"forward": 10, "backward": 30}
 """Operators for each chunk, counted in `chunked_linear_aten`."""
 
 WIDEST = 256
-TILES = (
-    (64, 128, 8, 2),
-    (64, 64, 4, 2),
-    (64, 64, 8, 1),
-    (32, 64, 4, 1),
-    (32, 32, 4, 1),
-    (16, 32, 4, 1),
-    (16, 16, 4, 1),
-)
-"""(chunk, columns of v in one program, num_warps, num_stages) of the generated kernels, in order of preference."""
+# (chunk, columns of v in one program, num_warps, num_stages) by the widest head width, in order of preference.
+# float32 products are three of tf32 each, and long to compile: small tiles.
+HALF_TILES = {
+    64: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+    256: ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+}
+FLOAT_TILES = {
+    128: ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+}
 
 # Prior estimates, to be calibrated. Generated kernels wait for the state of one chunk before the next; with torch
 # operators, the products of one chunk are small, and their results pass through memory.
@@ -185,23 +186,24 @@ def _not_triton(request: Request) -> str:
 
 
 def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
-    """Tile sizes and launch options of the generated kernels: the first of `TILES` that fits a block's shared memory.
+    """Tile sizes and launch options of the generated kernels: the first that fit a block's shared memory.
 
-    shared_memory: bytes; 0 (the interpreter's) takes the first.
+    shared_memory: bytes; 0, of a CPU that interprets the kernels, takes the first.
     """
-    widths = [tile_width(int(size.value)) for size in (spec.size("d"), spec.size("e")) if isinstance(size, Const)]
+    widest = max(tile_width(int(size.value)) for size in (spec.size("d"), spec.size("e")) if isinstance(size, Const))
+    table = FLOAT_TILES if spec.dtype == "float32" else HALF_TILES
     element = DTYPE_BYTES[spec.dtype]
-    working = 2 if spec.dtype == "bfloat16" else 4
-    precision = "tf32x3" if spec.dtype == "float32" else "ieee"
+    working = 2 if spec.dtype == "bfloat16" else 4  # float16 states are held in tf32
     tiles: dict[str, Any] = {}
-    for chunk, block_y, num_warps, num_stages in TILES:
-        y = min(max(widths), block_y)
-        tiles = {"chunk": chunk, "block_y": y, "num_warps": num_warps, "num_stages": num_stages, "precision": precision}
-        loaded = chunk * (2 * max(widths) + y) * element * num_stages
-        kept = (max(widths) * y + chunk * (chunk + y)) * working + chunk * max(widths) * (working - element)
+    for chunk, columns, num_warps, num_stages in table[min(size for size in table if widest <= size)]:
+        y = min(widest, columns)
+        tiles = {"chunk": chunk, "block_y": y, "num_warps": num_warps, "num_stages": num_stages}
+        loaded = chunk * (2 * widest + y) * element * num_stages
+        kept = (widest * y + chunk * (chunk + y)) * working + chunk * widest * (working - element)
         if loaded + kept <= shared_memory or not shared_memory:
             break
-    return tiles
+    highest = torch.get_float32_matmul_precision() == "highest"
+    return {**tiles, "precision": "ieee" if spec.dtype != "float32" else "tf32x3" if highest else "tf32"}
 
 
 def _triton_work(request: Request, tiles: Mapping[str, Any]) -> Work:
