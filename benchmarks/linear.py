@@ -2,7 +2,8 @@
 
 Two modules, both over (B, H, n, d): RetNet's ``(q kᵀ ⊙ decay^(i-j)) v`` with a constant decay for each head, and
 ``(φ(q) φ(k)ᵀ ⊙ causal) v`` divided by the rows' sums. Time and memory above what the inputs take, forward and forward + backward, and
-the exponent of time over n that fits attncomp's rows best.
+the exponent of time over n that fits attncomp's rows best. Errors are attncomp's: of the last rows against float64, and of the gradients
+against eager's in the same dtype where eager runs.
 
 Run with ``PYTHONPATH=. python benchmarks/linear.py [--device cpu|cuda] [--tiny]``.
 """
@@ -32,10 +33,10 @@ class Retention(nn.Module):
         super().__init__()
         self.register_buffer("decay", 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float32)))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[-2]
-        position = torch.arange(n, device=q.device)
-        distance = position[:, None] - position[None, :]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+        """`first` is the position of the first query, for checking some rows alone."""
+        row = torch.arange(q.shape[-2], device=q.device) + first
+        distance = row[:, None] - torch.arange(k.shape[-2], device=q.device)[None, :]
         decay = torch.exp(torch.log(self.decay)[:, None, None] * distance)
         decay = decay.masked_fill(distance < 0, 0.0).to(q.dtype)
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 * decay) @ v
@@ -44,9 +45,8 @@ class Retention(nn.Module):
 class NormalisedLinear(nn.Module):
     """O = W v / (W 1 + eps) with W = φ(q) φ(k)ᵀ for j <= i, φ = elu + 1 (Katharopoulos et al. 2020, arXiv:2006.16236)."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[-2]
-        allowed = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(first)
         scores = (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-1, -2)
         scores = scores.masked_fill(~allowed, 0.0)
         return (scores @ v) / (scores.sum(-1, keepdim=True) + 1e-6)
@@ -96,11 +96,12 @@ def calls(module: nn.Module, inputs: Sequence[Tensor], how: str, training: bool,
 
 
 def float64_error(module: nn.Module, inputs: Sequence[Tensor], out: Tensor, rows: int) -> float:
-    """Relative error of the last `rows` of `out` in its first head against the same module in float64, a slice of n that fits."""
-    exact = module.double()(*(x[:, :, :rows].double() for x in inputs))[:, :, :rows]
-    error = m.difference(out[:, :, :rows], exact)
+    """Relative error of the last `rows` rows of every head against the same module in float64."""
+    q, k, v = (x.double() for x in inputs)
+    first = q.shape[-2] - rows
+    exact = module.double()(q[:, :, first:], k, v, first)
     module.float()
-    return error
+    return m.difference(out[:, :, first:], exact)
 
 
 def exponent(lengths: Sequence[int], ms: Sequence[float]) -> float:
@@ -120,7 +121,7 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
         inputs = [torch.randn(1, s.heads, n, s.width, generator=generator).to(s.device, s.dtype) for _ in range(3)]
         held = torch.cuda.memory_allocated() if s.device == "cuda" else 0
         row = [str(n)]
-        error = float("nan")
+        error, eager = float("nan"), None
         for x in how:
             if x != "attncomp" and quadratic_bytes(s, n, training) > s.limit:
                 row += ["n² too large", "-"]
@@ -129,16 +130,20 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
             result = m.measure(calls(module, inputs, x, training, options), s.device, runs=runs, warm=1)
             extra = m.Measured(result.ms, result.peak_bytes - held, result.first_s, failure=result.failure)
             row += [m.milliseconds(extra), m.gibibytes(extra)]
+            eager = result.value if x == "eager" and training else eager
             if x == "attncomp":
                 summary = "; ".join(m.report_summary([r]) for r in m.reports_since(before)) or summary
                 if not result.failure:
                     seen.append((n, result.ms))
-                    if not training:
-                        error = float64_error(module, inputs, result.value, min(n, 1024))
+                    error = (
+                        m.difference(result.value, eager)
+                        if training
+                        else float64_error(module, inputs, result.value, min(n, 64))
+                    )
         rows.append([*row, m.relative(error)])
         m.say(f"{name}, n={n}: {', '.join(row[1:])}, error {m.relative(error)}")
     phase = "forward + backward" if training else "forward"
-    head = [f"{name}, {phase}: n", *(cell for x in how for cell in (f"{x} ms", "GiB")), "error, attncomp"]
+    head = [f"{name}, {phase}: n", *(cell for x in how for cell in (f"{x} ms", "GiB")), "gradients from eager" if training else "error"]
     fit = ""
     if len(seen) > 1:
         half = seen[len(seen) // 2 :] if len(seen) > 3 else seen
@@ -163,7 +168,7 @@ def main() -> None:
         parser.error(f"executors are {', '.join(m.EXECUTORS)}")
     lengths = tuple(int(n) for n in args.lengths.split(",")) if args.lengths else s.lengths
     if args.tiny:
-        s, lengths = Setting(s.device, torch.float32, 2, 16, (), s.limit), (128, 256)
+        s, lengths = Setting(s.device, torch.float32, 2, 16, (), s.limit), (64, 128)
         how = tuple(x for x in how if x != "inductor")
     s = Setting(s.device, s.dtype, s.heads, s.width, lengths, s.limit)
     options = m.attncomp_options(always=args.always or args.tiny, debug=args.tiny)
