@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import OPS, Axis, Const, Expr, Load, Op, Size, axes_of
+from attncomp.expr import ONE, OPS, Axis, Const, Expr, Load, Op, Size, add, axes_of, loads_of, minimum
 from attncomp.plan import Plan
 from attncomp.spec import AXES, AttentionSpec
 
@@ -96,8 +96,6 @@ def mask_axes(*parts: Expr) -> tuple[str, ...]:
 
 def learned_loads(spec: AttentionSpec, *parts: Expr) -> tuple[str, ...]:
     """Names of the captured tensors that need a gradient and that the expressions read as floats."""
-    from attncomp.expr import loads_of
-
     learned = {t.name for t in spec.captured if t.requires_grad}
     return tuple(
         dict.fromkeys(x.tensor for e in parts for x in loads_of(e) if x.kind == "float" and x.tensor in learned)
@@ -119,7 +117,5 @@ def exact_in(e: Expr, dtype: str, spec: AttentionSpec) -> bool:
 
 def is_causal_end(key_hi: Expr, key_length: Expr) -> bool:
     """Whether a key range ends at ``i + 1``: what SDPA kernels call causal, counted from the first key."""
-    from attncomp.expr import ONE, add, minimum
-
     end = add(Axis("i"), ONE)
     return key_hi in (end, minimum(end, key_length), minimum(key_length, end))
