@@ -94,6 +94,8 @@ def attention(
 
 
 def _forward(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if k.shape[2] != v.shape[2]:
+        raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
     return variant.forward(plan, q, k, v, captured, sizes)
 

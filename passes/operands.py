@@ -100,8 +100,10 @@ class _Access:
     group: int
 
 
-def access(reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool) -> _Access | None:
-    """Look through views, upcasts and scalar factors to the deepest tensor that is read at plain axes.
+def access(
+    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool, upcasts: bool = True
+) -> _Access | None:
+    """Look through views, scalar factors and (if `upcasts`) widening casts to the deepest tensor that is read at plain axes.
 
     grouped: a head axis may be read as ``h // g`` (repeated key heads).
     """
@@ -115,7 +117,7 @@ def access(reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], gr
             return best
         step = reader.view_step(node, index)
         if step is None:
-            scaled = _factor(reader, node)
+            scaled = _factor(reader, node, upcasts)
             if scaled is None:
                 return best
             node, by = scaled
@@ -124,7 +126,7 @@ def access(reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], gr
         node, index = step
 
 
-def _factor(reader: Reader, node: Node) -> tuple[Node, Expr] | None:
+def _factor(reader: Reader, node: Node, upcasts: bool) -> tuple[Node, Expr] | None:
     """``x * c``, ``x / c`` with a number, and casts that widen: what is read, and the factor."""
     name = name_of(node)
     value = value_of(node)
@@ -133,6 +135,8 @@ def _factor(reader: Reader, node: Node) -> tuple[Node, Expr] | None:
     source = node.args[0] if node.args else None
     if name in ("_to_copy", "to", "type_as") and isinstance(source, Node):
         of = value_of(source).dtype
+        if not upcasts:
+            return None
         return (source, Const(1.0)) if of.is_floating_point and of.itemsize < value.dtype.itemsize else None
     if name not in ("mul", "div", "true_divide") or node.kwargs.get("rounding_mode") is not None:
         return None
@@ -175,7 +179,7 @@ def _plain(
             isinstance(a, Axis)
             and a.name in wanted
             and a.name not in at
-            and polynomial.equal(shape[dim], reader.extents[a.name])
+            and _fits(shape[dim], a.name, reader.extents)
         ):
             at[a.name] = dim
             continue
@@ -247,21 +251,15 @@ def assemble(
     width = widths[0]
     batch = tuple(n for n in names if n not in (row, width))
     extents["d"] = extents.get("d", ONE)
-    q = access(reader, *query, (*batch, row, "d"), grouped=False)
-    found = None
-    for grouped in (True, False):
-        k = access(reader, *key, (*batch, "j", "d"), grouped)
-        v = access(reader, *value, (*batch, "j", width), grouped)
-        if k is not None and v is not None and k.group == v.group and _same_heads(k, v, len(batch)):
-            found = k, v
-            break
-    if q is None or found is None:
-        which = "queries" if q is None else "keys and values"
-        return Rejection("operand-layout", f"the {which} are read in an order that is no view of one tensor")
-    k, v = found
-    if len({value_of(x.node).dtype for x in (q, k, v)}) != 1:
-        dtypes = ", ".join(str(value_of(x.node).dtype) for x in (q, k, v))
-        return Rejection("mixed-dtypes", f"queries, keys and values differ in dtype: {dtypes}")
+    if any(s == ZERO for s in (*extents.values(), extents["d"])):
+        return Rejection("empty-size", "a size is 0: there is nothing to compute")
+    found = _operands(reader, query, key, value, batch, row, width, value_of(output).dtype)
+    if isinstance(found, Rejection):
+        return found
+    q, k, v = found
+    blocked = [n for n in (anchor, reader.nodes.get(score_load.tensor)) if n is not None and n in reader._no_grad]
+    if blocked and output not in reader._no_grad and any(needs_gradient(x.node) for x in (q, k)):
+        return Rejection("no-grad-region", f"gradients stop at {blocked[0].name}, inside torch.no_grad()")
     outer = _outer(batch, k, v)
     # --- the program in the spec's axes
     to_spec = _to_spec(batch, outer, extents, row, width)
@@ -358,6 +356,49 @@ def assemble(
         module=module_of(anchor) or module_of(output),
         location=location_of(anchor) or location_of(output),
     )
+
+
+def _operands(
+    reader: Reader,
+    query: Read,
+    key: Read,
+    value: Read,
+    batch: tuple[str, ...],
+    row: str,
+    width: str,
+    dtype: torch.dtype,
+) -> tuple[_Access, _Access, _Access] | Rejection:
+    """q, k and v as plain tensors of the output's dtype; tensors that were upcast are read before the cast where that makes them so."""
+    reason = Rejection("operand-layout", "the queries are read in an order that is no view of one tensor")
+    for upcasts in (True, False):
+        q = access(reader, *query, (*batch, row, "d"), grouped=False, upcasts=upcasts)
+        if q is None:
+            continue
+        for grouped in (True, False):
+            k = access(reader, *key, (*batch, "j", "d"), grouped, upcasts)
+            v = access(reader, *value, (*batch, "j", width), grouped, upcasts)
+            if k is None or v is None or k.group != v.group or not _same_heads(k, v, len(batch)):
+                which = "the keys and values are read in an order that is no view of one tensor"
+                reason = Rejection("operand-layout", which) if reason.code == "operand-layout" else reason
+                continue
+            dtypes = [value_of(x.node).dtype for x in (q, k, v)]
+            if set(dtypes) == {dtype}:
+                return q, k, v
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            output = str(dtype).removeprefix("torch.")
+            reason = Rejection("mixed-dtypes", f"queries, keys and values are {names}, the output is {output}")
+            break
+    return reason
+
+
+def _fits(size: Expr, axis: str, extents: dict[str, Expr]) -> bool:
+    """Whether a dimension runs over the whole axis.
+
+    Keys and values of one cache may have lengths under two symbols; that they are equal is the operator's own contract,
+    and attncomp's operator checks it when it runs.
+    """
+    both_known = isinstance(size, Const) and isinstance(extents[axis], Const)
+    return polynomial.equal(size, extents[axis]) or (axis == "j" and not both_known)
 
 
 def _same_heads(k: _Access, v: _Access, batch: int) -> bool:
