@@ -54,6 +54,8 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     targets = dict(signature.user_inputs_to_mutate)
     buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
     targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
+    if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
+        _read_from_copies(graph, set(targets.values()))
     problem = _write_back(graph, targets)
     if problem is not None:
         return problem
@@ -121,6 +123,17 @@ def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None
         results = [(again(r) or r) if isinstance(r, Node) else r for r in results]
     output.args = (tuple(results),)
     return None
+
+
+def _read_from_copies(graph: GraphModule, names: set[str]) -> None:
+    """Let the graph read copies of the inputs that it mutates: what autograd saves must not change before the backward pass."""
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    for place in [n for n in graph.graph.nodes if n.op == "placeholder" and n.name in names and n.users]:
+        with graph.graph.inserting_after(last):
+            copy = graph.graph.call_function(torch.ops.aten.clone.default, (place,))
+        copy.meta["val"] = value_of(place)
+        copy.meta["attncomp_copy"] = True
+        place.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _mark_gradients(graph: GraphModule, inputs: Sequence[bool]) -> None:

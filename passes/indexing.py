@@ -97,12 +97,20 @@ class Reader:
 
     extents: the size of every axis that indices use; grows as axes are introduced.
     sums: read sums over one dimension as `Sum` (row normalisers) instead of capturing them.
+    narrowest: casts to floats narrower than this dtype round on purpose and are not looked through (None: no cast is).
     """
 
-    def __init__(self, graph: torch.fx.GraphModule, extents: dict[str, Expr], sums: bool = False) -> None:
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        extents: dict[str, Expr],
+        sums: bool = False,
+        narrowest: torch.dtype | None = None,
+    ) -> None:
         self.graph = graph
         self.extents = extents
         self.sums = sums
+        self.narrowest = narrowest
         self.nodes: dict[str, Node] = {}
         self._memo: dict[tuple[Node, Index], Expr] = {}
         self._no_grad = _no_grad_nodes(graph)
@@ -285,7 +293,7 @@ def _dim(d: int, rank: int) -> int:
 def _same(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
     source = node.args[0]
     assert isinstance(source, Node)
-    return source, index
+    return None if "attncomp_copy" in node.meta else (source, index)  # a copy made because its source changes
 
 
 def _cast(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
@@ -730,6 +738,12 @@ def _unary(name: str) -> Rule:
     return rule
 
 
+def _rounds(of: torch.dtype, to: torch.dtype, narrowest: torch.dtype | None) -> bool:
+    """Whether a cast rounds to less than the attention's own dtype (as simulated quantisation does)."""
+    narrows = to.itemsize < of.itemsize or (to.itemsize == of.itemsize and to is not of)
+    return narrows and narrowest is not None and to is not narrowest and to.itemsize <= narrowest.itemsize
+
+
 def _cast_value(reader: Reader, node: Node, index: Index) -> Expr | None:
     source = node.args[0]
     assert isinstance(source, Node)
@@ -739,6 +753,8 @@ def _cast_value(reader: Reader, node: Node, index: Index) -> Expr | None:
     if kind is None:
         return None
     if kind == "float":
+        if of.is_floating_point and _rounds(of, to, reader.narrowest):
+            return None
         # an integer is exact in float32 and float64 at tensor sizes, not in half precision
         return (
             op("to_float", x) if x.kind == "float" or x.kind == "bool" or to in (torch.float32, torch.float64) else None

@@ -117,7 +117,7 @@ def _lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
     axes = Axes.of_output(output)
     extents = axes.extents
     for _ in range(3):  # a merged batch axis is split, then everything is read again
-        reader = Reader(graph, extents)
+        reader = Reader(graph, extents, narrowest=value_of(output).dtype)
         product = contract(output, axes.index, J)
         extents["j"] = from_symint(summed_size(output))
         sides = [(product.left, product.left_index, product.right, product.right_index)]
@@ -306,7 +306,7 @@ def _lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
         yield Rejection("rank", "SDPA on fewer than 3 dimensions")
     axes = Axes.of_output(node)
     extents = axes.extents
-    reader = Reader(graph, extents)
+    reader = Reader(graph, extents, narrowest=value_of(node).dtype)
     extents["j"] = shape_of(k)[-2]
     extents["d"] = shape_of(q)[-1]
     *batch, i, e = axes.index
@@ -381,7 +381,7 @@ def _lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
         axes = Axes.of_output(output)
         extents = axes.extents
         extents["j"] = from_symint(summed_size(output))
-        reader = Reader(graph, extents, sums=True)
+        reader = Reader(graph, extents, sums=True, narrowest=value_of(output).dtype)
         con = contract(output, axes.index, J)
         left = weights is con.left
         index, values, value_index = (

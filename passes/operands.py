@@ -175,12 +175,7 @@ def _plain(
     for dim, a in enumerate(index):
         if a == ZERO and shape[dim] == ONE:
             continue
-        if (
-            isinstance(a, Axis)
-            and a.name in wanted
-            and a.name not in at
-            and _fits(shape[dim], a.name, reader.extents)
-        ):
+        if isinstance(a, Axis) and a.name in wanted and a.name not in at and _fits(shape[dim], a.name, reader.extents):
             at[a.name] = dim
             continue
         if (

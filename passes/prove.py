@@ -90,12 +90,28 @@ def _band(mask: Expr, extents: Mapping[str, Expr]) -> _Band:
     parts = conjuncts(mask)
     if len(parts) != 1:
         result = _full(extents)
-        for part in parts:
-            result = _intersect(result, _band(part, extents), extents)
+        for band in _independent([_band(part, extents) for part in parts], extents):
+            result = _intersect(result, band, extents)
         return result
     if isinstance(mask, Op) and mask.name == "or":
         return _union([_band(part, extents) for part in disjuncts(mask)], mask, extents)
     return _atom(mask, extents)
+
+
+def _independent(bands: list[_Band], extents: Mapping[str, Expr]) -> list[_Band]:
+    """Without the exact bands that another band lies within: ``j <= i + 3`` says nothing beside ``j <= i``."""
+    kept: list[_Band] = []
+    for n, band in enumerate(bands):
+        others = [*kept, *bands[n + 1 :]]
+        if not (band.exact and any(_within(other, band, extents) for other in others)):
+            kept.append(band)
+    return kept
+
+
+def _within(inner: _Band, outer: _Band, extents: Mapping[str, Expr]) -> bool:
+    return polynomial.at_least(sub(inner.lo, outer.lo), 0, extents) and polynomial.at_least(
+        sub(outer.hi, inner.hi), 0, extents
+    )
 
 
 def _intersect(x: _Band, y: _Band, extents: Mapping[str, Expr]) -> _Band:
