@@ -201,7 +201,7 @@ class Printer:
 
     def _op(self, e: Op, args: list[str]) -> str:
         kinds = [a.kind for a in e.args]
-        if e.kind == "float" and e.name != "where":  # functions of integers: Triton's work on floats only
+        if e.kind == "float" and e.name not in ("where", "to_float"):  # Triton's functions take floats only
             args = [_float(text, a) for text, a in zip(args, e.args, strict=True)]
             kinds = ["float"] * len(args)
         if e.name in ("add", "sub", "mul") and e.kind == "int" and self._needs_int64(e):

@@ -9,7 +9,7 @@ that a value reads gets ``g * d program / d c``, added up over all pairs that re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attncomp.codegen.printer import Level, Printer
@@ -45,13 +45,6 @@ from attncomp.spec import AttentionSpec
 
 BACKWARD = "tiled_backward.py.jinja"
 
-_OWN = {
-    "q": ("b", "h", "i", "d"),
-    "k": ("b", "h", "j", "d"),
-    "v": ("b", "h", "j", "e"),
-    "out": ("b", "h", "i", "e"),
-    "grad": ("b", "h", "i", "e"),
-}
 _ENTRIES = 128
 """Longest table whose gradient is summed entry by entry in registers."""
 
@@ -136,23 +129,31 @@ def gradient_stride(tensor: str, dim: int) -> str:
     return f"g{tensor}_{dim}"
 
 
-def backward_arguments(plan: Plan) -> Arguments:
+def backward_arguments(plan: Plan, descriptors: bool = False) -> Arguments:
     """The arguments of every backward kernel. ``gc0`` is the gradient of ``c0``; NB is the batch size."""
     spec = plan.spec
     learned = learned_tensors(spec)
-    tensors = ("q", "k", "v", "out", "grad", "stat", "delta", "shifts", "spreads", "dq", "dk", "dv")
-    base = arguments_of(plan, (*tensors, *(f"g{name}" for name in learned)), _OWN)
+    own = ("q", "k", "v", "out", "grad", "stat", "delta", "shifts", "spreads", "dq", "dk", "dv")
+    base = arguments_of(
+        plan,
+        (*own, *(f"g{name}" for name in learned)),
+        ("q", "k", "v", "out", "grad"),
+        ("NB",),
+        descriptors=descriptors,
+    )
     strides = [
         (f"g{name}", dim, gradient_stride(name, dim))
         for name in learned
         for dim, size in enumerate(spec.tensor(name).shape)
         if size != Const(1)
     ]
-    return Arguments(base.tensors, (*base.strides, *strides), (*base.lengths, "NB"), base.symbols)
+    return replace(base, strides=(*base.strides, *strides))
 
 
-def backward_source(plan: Plan) -> str:
+def backward_source(plan: Plan, descriptors: bool = False) -> str:
     """The module with all backward kernels of `plan`.
+
+    descriptors: q, k, v and the gradient of the output are tensor descriptors, else pointers with strides.
 
     Raises:
         UnprintableError: an expression has no Triton form.
@@ -178,7 +179,8 @@ def backward_source(plan: Plan) -> str:
         BACKWARD,
         **common_context(plan),
         **kernels,
-        arguments=backward_arguments(plan).names,
+        descriptors=descriptors,
+        arguments=backward_arguments(plan, descriptors).names,
         functions=functions,
         program=program_context(exponent),
         spread=has_spread(spec),

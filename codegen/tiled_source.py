@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from attncomp.expr import (
     Axis,
     Const,
     Expr,
+    Load,
     Op,
     Score,
     axes_of,
@@ -28,6 +28,7 @@ from attncomp.expr import (
     mul,
     op,
     substitute,
+    walk,
     where,
 )
 from attncomp.plan import Plan
@@ -127,9 +128,23 @@ def _outside_loop(e: Expr) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """A kernel's arguments, in order: tensors, their strides, lengths that are not fixed, run-time sizes."""
+class Described:
+    """An argument that is a tensor descriptor: boxes of `rows` (a block of the tile) by `width` of `tensor`."""
 
+    name: str
+    tensor: str
+    rows: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A kernel's arguments, in order: descriptors, tensors, strides, lengths that are not fixed, run-time sizes.
+
+    strides: (tensor, dimension, argument). symbols: positions in ``spec.symbols``.
+    """
+
+    described: tuple[Described, ...]
     tensors: tuple[str, ...]
     strides: tuple[tuple[str, int, str], ...]
     lengths: tuple[str, ...]
@@ -137,27 +152,45 @@ class Arguments:
 
     @property
     def names(self) -> tuple[str, ...]:
+        described = tuple(d.name for d in self.described)
         strides = tuple(name for _, _, name in self.strides)
-        return (*self.tensors, *strides, *self.lengths, *(symbol_argument(n) for n in self.symbols))
+        return (*described, *self.tensors, *strides, *self.lengths, *(symbol_argument(n) for n in self.symbols))
 
 
-_QKV_STRIDES = {"q": ("b", "h", "i", "d"), "k": ("b", "h", "j", "d"), "v": ("b", "h", "j", "e")}
+_AXES_OF = {
+    "q": ("b", "h", "i", "d"),
+    "k": ("b", "h", "j", "d"),
+    "v": ("b", "h", "j", "e"),
+    "grad": ("b", "h", "i", "e"),
+    "out": ("b", "h", "i", "e"),
+}
+DESCRIBED = ("q", "k", "v", "grad")
+"""The tensors that a kernel may read through descriptors."""
 
 
-def arguments_of(plan: Plan, before: tuple[str, ...], plain: Mapping[str, tuple[str, ...]] = _QKV_STRIDES) -> Arguments:
-    """Arguments of a kernel that works on the tensors `before` and all captured ones that the plan reads.
+def arguments_of(
+    plan: Plan, own: tuple[str, ...], strided: tuple[str, ...], more: tuple[str, ...] = (), *, descriptors: bool
+) -> Arguments:
+    """Arguments of a kernel that works on the tensors `own` and on all captured ones that the plan reads.
 
-    plain: names of the strides of tensors among `before` that are read with strides.
+    strided: those among `own` that have strides of their own; the others are contiguous. more: further lengths.
     """
     spec = plan.spec
     read = {load.tensor for e in kernel_expressions(plan) for load in loads_of(e)}
     captured = tuple(t for t in spec.captured if t.name in read)
-    strides = [(t, n, f"{t}_{axis}") for t in before if t in plain for n, axis in enumerate(plain[t])]
+    by_descriptor = tuple(t for t in own if descriptors and t in DESCRIBED)
+    described = tuple(
+        Described(f"{t}{part.n}", t, "block_m" if _AXES_OF[t][2] == "i" else "block_n", part.width)
+        for t in by_descriptor
+        for part in width_parts(integer_size(spec, _AXES_OF[t][3]))
+    )
+    strides = [(t, n, f"{t}_{axis}") for t in strided if t not in by_descriptor for n, axis in enumerate(_AXES_OF[t])]
     strides += [
         (t.name, n, stride_argument(t.name, n)) for t in captured for n, size in enumerate(t.shape) if size != Const(1)
     ]
     lengths = tuple(name for name, axis in (("TQ", "i"), ("TK", "j")) if not isinstance(spec.size(axis), Const))
-    return Arguments((*before, *(t.name for t in captured)), tuple(strides), lengths, tuple(range(len(spec.symbols))))
+    tensors = (*(t for t in own if t not in by_descriptor), *(t.name for t in captured))
+    return Arguments(described, tensors, tuple(strides), (*lengths, *more), tuple(range(len(spec.symbols))))
 
 
 def kernel_expressions(plan: Plan) -> tuple[Expr, ...]:
@@ -167,15 +200,15 @@ def kernel_expressions(plan: Plan) -> tuple[Expr, ...]:
     return (spec.program, proof.residual, proof.key_lo, proof.key_hi, *(() if sink is None else (sink,)))
 
 
-FORWARD_TENSORS = ("q", "k", "v", "out", "stat")
+def forward_arguments(plan: Plan, descriptors: bool = False) -> Arguments:
+    """The arguments of ``forward``. ``stat`` receives the logarithms of the rows' sums (softmax only)."""
+    return arguments_of(plan, ("q", "k", "v", "out", "stat"), ("q", "k", "v"), descriptors=descriptors)
 
 
-def forward_arguments(plan: Plan) -> Arguments:
-    return arguments_of(plan, FORWARD_TENSORS)
-
-
-def forward_source(plan: Plan) -> str:
+def forward_source(plan: Plan, descriptors: bool = False) -> str:
     """The module with ``forward``: one program computes BLOCK_M queries of one head.
+
+    descriptors: q, k and v are tensor descriptors (Hopper's bulk copies), else pointers with strides.
 
     Raises:
         UnprintableError: an expression has no Triton form.
@@ -204,7 +237,8 @@ def forward_source(plan: Plan) -> str:
     return render(
         FORWARD,
         **common_context(plan),
-        arguments=forward_arguments(plan).names,
+        descriptors=descriptors,
+        arguments=forward_arguments(plan, descriptors).names,
         block_m=params["block_m"],
         block_n=params["block_n"],
         functions=printer.functions,
@@ -218,7 +252,21 @@ def forward_source(plan: Plan) -> str:
         edge_body=_body(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
         tile_lines=printer.lines(0),
         phases=phases_of(plan, "j", params["block_n"]),
+        bounded=not any(_may_be_infinite(n) for n in walk(spec.program)),
+        edge_stages=params.get("edge_stages", 0),
     )
+
+
+def _may_be_infinite(e: Expr) -> bool:
+    """Whether a program with this node may give -inf for finite scores."""
+    return (
+        isinstance(e, Load)
+        or (isinstance(e, Const) and math.isinf(e.value))
+        or (isinstance(e, Op) and e.name in _POLES)
+    )
+
+
+_POLES = frozenset(("log", "log2", "div", "reciprocal", "rsqrt", "pow", "exp", "exp2"))
 
 
 def _body(

@@ -17,19 +17,19 @@ _ITEM = {**_BYTES, "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4}
 # (greatest width, BLOCK_M, BLOCK_N, warps, stages), the first row that is wide enough.
 _Rows = tuple[tuple[int, int, int, int, int], ...]
 _FORWARD: dict[str, _Rows] = {
-    "hopper": ((64, 128, 128, 8, 3), (128, 128, 64, 8, 3), (256, 128, 32, 8, 2)),
+    "hopper": ((64, 64, 128, 4, 2), (128, 128, 128, 8, 3), (256, 128, 32, 8, 2)),
     "ampere": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (192, 128, 32, 8, 2), (256, 64, 32, 4, 2)),
     "float32": ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 16, 32, 4, 2)),
 }
 # Backward over keys: BLOCK_N keys are owned, BLOCK_M queries are a step of the loop.
 _KEYS: dict[str, _Rows] = {
-    "hopper": ((64, 64, 128, 8, 3), (128, 64, 128, 8, 2), (256, 32, 64, 8, 1)),
+    "hopper": ((128, 64, 64, 4, 2), (256, 32, 64, 8, 1)),
     "ampere": ((64, 64, 64, 4, 2), (128, 32, 64, 4, 2), (256, 32, 32, 4, 1)),
     "float32": ((64, 32, 32, 4, 1), (128, 16, 32, 4, 1), (256, 16, 16, 4, 1)),
 }
 # Backward over queries: BLOCK_M queries are owned, BLOCK_N keys are a step of the loop.
 _QUERIES: dict[str, _Rows] = {
-    "hopper": ((64, 128, 64, 8, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 1)),
+    "hopper": ((128, 64, 64, 4, 2), (256, 64, 32, 8, 1)),
     "ampere": ((64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 32, 32, 4, 1)),
     "float32": ((64, 32, 32, 4, 1), (128, 32, 16, 4, 1), (256, 16, 16, 4, 1)),
 }
@@ -41,6 +41,12 @@ _SMALLEST = 16
 def tile_family(spec: AttentionSpec, hardware: Hardware) -> str:
     """Which rows of the tables apply."""
     return "float32" if spec.dtype == "float32" else "hopper" if hardware.capability >= (9, 0) else "ampere"
+
+
+def has_descriptors(spec: AttentionSpec, hardware: Hardware) -> bool:
+    """Whether tiles may be fetched by the hardware's bulk copies: Hopper, 16-bit, widths that are one whole tile."""
+    widths = [width_parts(int(size.value)) for size in spec.sizes[4:] if isinstance(size, Const)]
+    return tile_family(spec, hardware) == "hopper" and all(len(w) == 1 and not w[0].tail for w in widths)
 
 
 def tile_parameters(spec: AttentionSpec, hardware: Hardware) -> dict[str, Tile]:

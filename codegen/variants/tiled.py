@@ -26,8 +26,8 @@ from attncomp.codegen.tiled_backward_source import (
     score_derivative,
     stores_pairs,
 )
-from attncomp.codegen.tiled_source import Arguments, forward_arguments, forward_source
-from attncomp.codegen.tiled_tiles import tile_parameters, tiled_work
+from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source
+from attncomp.codegen.tiled_tiles import has_descriptors, tile_parameters, tiled_work
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
@@ -59,6 +59,7 @@ class Tiled:
             **tiles,
             "precision": precision if request.spec.dtype == "float32" else "ieee",
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
+            "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
         try:
             plan = Plan(request.spec, request.proof, self.name, params)
@@ -183,15 +184,16 @@ class _Kernel:
 
     function: Any
     arguments: Arguments
-    options: dict[str, int]
+    tile: Mapping[str, int]
 
     def launch(
         self, grid: int, named: Mapping[str, torch.Tensor], lengths: Mapping[str, int], sizes: Sequence[int]
     ) -> None:
         if grid == 0:
             return
-        arguments = self.arguments
-        values: list[Any] = [named[t] for t in arguments.tensors]
+        arguments, tile = self.arguments, self.tile
+        values: list[Any] = [_descriptor(named[d.tensor], tile[d.rows], d.width) for d in arguments.described]
+        values += [named[t] for t in arguments.tensors]
         for t, dim, _ in arguments.strides:
             tensor = named[t]
             # A dimension of size 1 is broadcast: it is read at index 0 whatever the index.
@@ -200,7 +202,29 @@ class _Kernel:
         values += [sizes[n] for n in arguments.symbols]
         device = named["q"].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.function[(grid,)](*values, **self.options)
+            self.function[(grid,)](*values, num_warps=tile["num_warps"], num_stages=tile["num_stages"])
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, nothing broadcast."""
+    item = tensor.element_size()
+    *outer, last = tensor.stride()
+    return (
+        last == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(n == 1 or (s > 0 and s * item % 16 == 0) for n, s in zip(tensor.shape, outer, strict=False))
+    )
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, width: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # A dimension of size 1 may have any stride in PyTorch; the hardware wants multiples of 16 bytes.
+    strides = [
+        s if n != 1 else max(tensor.shape[-1] // 16 * 16, 16)
+        for n, s in zip(tensor.shape[:-1], tensor.stride(), strict=False)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
 
 
 class _Launcher:
@@ -209,27 +233,33 @@ class _Launcher:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._key = {"plan": plan.digest}
-        self._forward = self._load("forward", forward_source(plan), forward_arguments(plan), {"forward": "forward"})
-        self._backward: dict[str, _Kernel] | None = None
+        self._kernels: dict[tuple[str, bool], dict[str, _Kernel]] = {}
 
-    def _load(self, name: str, source: str, arguments: Arguments, kernels: Mapping[str, str]) -> dict[str, _Kernel]:
-        """kernels: kernel name → name of its tile among the plan's parameters."""
-        module = kernel_module(source, name=f"tiled {name}, {self.plan.proof.text}", variant="tiled", key=self._key)
-        loaded = {}
-        for kernel, tile in kernels.items():
-            options = {option: self.plan.params[tile][option] for option in ("num_warps", "num_stages")}
-            loaded[kernel] = _Kernel(getattr(module, kernel), arguments, options)
+    def _load(self, direction: str, named: Mapping[str, torch.Tensor]) -> dict[str, _Kernel]:
+        """The kernels of the forward or the backward pass, in the form that suits how the tensors lie in memory."""
+        batch = named["q"].shape[0]
+        descriptors = bool(self.plan.params["descriptors"]) and all(
+            named[t].shape[0] == batch and _describable(named[t]) for t in DESCRIBED if t in named
+        )
+        loaded = self._kernels.get((direction, descriptors))
+        if loaded is None:
+            loaded = self._kernels[direction, descriptors] = self._build(direction, descriptors)
         return loaded
 
-    def _backward_kernels(self) -> dict[str, _Kernel]:
-        if self._backward is None:
-            plan = self.plan
-            kernels = {"keys": "keys", "queries": "queries"}
+    def _build(self, direction: str, descriptors: bool) -> dict[str, _Kernel]:
+        plan = self.plan
+        tiles = {"forward": "forward"}
+        source, arguments = forward_source, forward_arguments
+        if direction == "backward":
+            tiles = {"keys": "keys", "queries": "queries"}
             if plan.spec.normaliser.kind != "none":
-                kernels["prepare"] = "prepare"
-            kernels.update({f"pairs_{n}": "pairs" for n, _ in enumerate(pair_kernels(plan.spec))})
-            self._backward = self._load("backward", backward_source(plan), backward_arguments(plan), kernels)
-        return self._backward
+                tiles["prepare"] = "prepare"
+            tiles.update({f"pairs_{n}": "pairs" for n, _ in enumerate(pair_kernels(plan.spec))})
+            source, arguments = backward_source, backward_arguments
+        name = f"tiled {direction}, {plan.proof.text}"
+        module = kernel_module(source(plan, descriptors), name=name, variant="tiled", key=self._key)
+        taken = arguments(plan, descriptors)
+        return {kernel: _Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
 
     def forward(
         self,
@@ -248,7 +278,7 @@ class _Launcher:
         lse = torch.empty((batch, heads, queries) if with_lse else (0,), dtype=torch.float32, device=q.device)
         named = {"q": q, "k": k, "v": v, "out": out, "stat": lse, **self._captured(captured, q.device)}
         grid = self._tiles("forward", "block_m", queries) * batch * heads
-        self._forward["forward"].launch(grid, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
+        self._load("forward", named)["forward"].launch(grid, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
         return out.transpose(1, 2), lse
 
     def backward(
@@ -262,7 +292,7 @@ class _Launcher:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> list[torch.Tensor]:
-        spec, kernels = self.plan.spec, self._backward_kernels()
+        spec = self.plan.spec
         batch, heads, queries, _ = q.shape
         key_heads, keys = k.shape[1], k.shape[2]
         rows = torch.empty((3, batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -283,6 +313,7 @@ class _Launcher:
         named.update(by_name, delta=rows[0], shifts=rows[1], spreads=rows[2])
         named.update((f"g{name}", tensor) for name, tensor in learned.items())
         lengths = {"TQ": queries, "TK": keys, "NB": batch}
+        kernels = self._load("backward", named)
 
         def launch(kernel: str, grid: int) -> None:
             kernels[kernel].launch(grid, named, lengths, sizes)

@@ -37,6 +37,7 @@ from attncomp.expr import (
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, plain_spec
 
+LENGTH = 40
 FINFO_MIN = float(torch.finfo(torch.float32).min)
 
 
@@ -101,7 +102,7 @@ def _info(name: str, shape: tuple[int, ...], dtype: str = "float32", grad: bool 
 
 def _build() -> tuple[Case, ...]:
     cases: list[Case] = []
-    base: dict[str, Any] = {"batch": 2, "heads": 2, "query": 72, "key": 72, "width": 16, "training": True}
+    base: dict[str, Any] = {"batch": 2, "heads": 2, "query": LENGTH, "key": LENGTH, "width": 16, "training": True}
     causal = le(J, I)
 
     def case(name: str, proof: Callable[[AttentionSpec], MaskProof] = _none, **changes: Any) -> None:
@@ -121,8 +122,8 @@ def _build() -> tuple[Case, ...]:
 
     case("plain")
     case("causal", _causal, mask=causal)
-    case("window", lambda s: _window(s, 13, 9), mask=and_(ge(J, sub(I, Const(13))), le(J, add(I, Const(9)))))
-    case("causal_window", lambda s: _window(s, 20, 0), mask=and_(causal, ge(J, sub(I, Const(20)))))
+    case("window", lambda s: _window(s, 19, 17), mask=and_(ge(J, sub(I, Const(19))), le(J, add(I, Const(17)))))
+    case("causal_window", lambda s: _window(s, 18, 0), mask=and_(causal, ge(J, sub(I, Const(18)))))
     case("grouped_heads", _causal, mask=causal, heads=4, kv_heads=2)
     case("one_key_head", _causal, mask=causal, heads=3, kv_heads=1)
     case("softcap", _causal, mask=causal, program=mul(op("tanh", mul(Score(), Const(0.25 / 5.0))), Const(5.0)))
@@ -145,16 +146,16 @@ def _build() -> tuple[Case, ...]:
     case(
         "dense_bias_shared",
         program=add(_scaled(16), Load("c0", (ZERO, H, I, J))),
-        captured=(_info("c0", (1, 2, 72, 72), grad=True),),
-        captured_values=(lambda: torch.randn(1, 2, 72, 72),),
+        captured=(_info("c0", (1, 2, LENGTH, LENGTH), grad=True),),
+        captured_values=(lambda: torch.randn(1, 2, LENGTH, LENGTH),),
     )
     case(
         "dense_bias",
         _causal,
         mask=causal,
         program=add(Score(), Load("c0", (B, H, I, J))),
-        captured=(_info("c0", (2, 2, 72, 72), "float16", grad=True),),
-        captured_values=(lambda: torch.randn(2, 2, 72, 72).half(),),
+        captured=(_info("c0", (2, 2, LENGTH, LENGTH), "float16", grad=True),),
+        captured_values=(lambda: torch.randn(2, 2, LENGTH, LENGTH).half(),),
     )
     bucket = minimum(maximum(add(sub(J, I), Const(4)), ZERO), Const(8))
     case(
@@ -166,23 +167,23 @@ def _build() -> tuple[Case, ...]:
     case(
         "key_bias_learned",
         program=add(_scaled(16), Load("c0", (ZERO, J))),
-        captured=(_info("c0", (1, 72), grad=True),),
-        captured_values=(lambda: torch.randn(1, 72),),
+        captured=(_info("c0", (1, LENGTH), grad=True),),
+        captured_values=(lambda: torch.randn(1, LENGTH),),
     )
     padding = Load("c0", (B, J), "bool")
 
     def keep() -> torch.Tensor:
-        kept = torch.rand(2, 72) > 0.4
+        kept = torch.rand(2, LENGTH) > 0.4
         kept[1] = False
         return kept
 
-    padded = {"mask": padding, "captured": (_info("c0", (2, 72), "bool"),), "captured_values": (keep,)}
+    padded = {"mask": padding, "captured": (_info("c0", (2, LENGTH), "bool"),), "captured_values": (keep,)}
     case("padding_zero", tested(padding, False), normaliser=Normaliser(empty="zero"), **padded)
     case("padding_nan", tested(padding, False), normaliser=Normaliser(empty="nan"), forward_only=True, **padded)
     case(
         "padding_finfo_min",
         program=add(_scaled(16), where(padding, Const(0.0), Const(FINFO_MIN))),
-        captured=(_info("c0", (2, 72), "bool"),),
+        captured=(_info("c0", (2, LENGTH), "bool"),),
         captured_values=(keep,),
     )
     case(
@@ -190,16 +191,16 @@ def _build() -> tuple[Case, ...]:
         _causal,
         mask=causal,
         program=add(_scaled(16), Load("c0", (B, ZERO, ZERO, J))),
-        captured=(_info("c0", (2, 1, 1, 72)),),
-        captured_values=(lambda: torch.where(torch.arange(72) % 5 == 0, 0.0, -math.inf).expand(2, 1, 1, 72),),
+        captured=(_info("c0", (2, 1, 1, LENGTH)),),
+        captured_values=(lambda: torch.where(torch.arange(LENGTH) % 5 == 0, 0.0, -math.inf).expand(2, 1, 1, LENGTH),),
     )
     same = eq(Load("c0", (B, I), "int"), Load("c0", (B, J), "int"))
     case(
         "documents",
         tested_causal(same),
         mask=and_(causal, same),
-        captured=(_info("c0", (2, 72), "int64"),),
-        captured_values=(lambda: (torch.arange(72) // 25).expand(2, 72),),
+        captured=(_info("c0", (2, LENGTH), "int64"),),
+        captured_values=(lambda: (torch.arange(LENGTH) // 13).expand(2, LENGTH),),
     )
     case(
         "sink",
@@ -209,12 +210,12 @@ def _build() -> tuple[Case, ...]:
         captured=(_info("c0", (2,), grad=True),),
         captured_values=(lambda: torch.tensor([0.7, -1.2]),),
     )
-    case("offset", lambda s: _causal(s, 60), mask=le(J, add(I, Const(60))), query=40, key=100)
-    case("short_keys", query=70, key=9)
+    case("offset", lambda s: _causal(s, 26), mask=le(J, add(I, Const(26))), query=24, key=50)
+    case("short_keys", query=40, key=9)
     case("one_query", query=1, key=40)
     case("widths_differ", width=24, value_width=40)
-    case("width_72", width=72, query=40, key=40)
-    case("width_80", width=80, query=40, key=40)
+    case("width_72", width=72, query=24, key=24)
+    case("width_80", width=80, query=24, key=24)
     case("width_8", width=8)
     case("float16", _causal, mask=causal, dtype="float16")
     case("bfloat16", _causal, mask=causal, dtype="bfloat16")
@@ -227,8 +228,8 @@ def _build() -> tuple[Case, ...]:
         mask=causal,
         program=mul(Score(), gate),
         normaliser=Normaliser("none"),
-        captured=(_info("c0", (2, 2, 72), grad=True),),
-        captured_values=(lambda: torch.rand(2, 2, 72),),
+        captured=(_info("c0", (2, 2, LENGTH), grad=True),),
+        captured_values=(lambda: torch.rand(2, 2, LENGTH),),
     )
     case("sum", _causal, mask=causal, program=op("exp", _scaled(16)), normaliser=Normaliser("sum", eps=1e-3))
     case("uniform", _causal, mask=causal, program=Const(0.5))
@@ -249,7 +250,7 @@ def _build() -> tuple[Case, ...]:
         sizes=(b, spec.sizes[1], t, t, *spec.sizes[4:]),
         tensors=tuple(replace(x, shape=(b, x.shape[1], t, x.shape[3])) for x in spec.tensors),
     )
-    order = {"s2": 3, "s7": 50}
+    order = {"s2": 3, "s7": 39}
     cases.append(
         Case("symbolic", symbolic, _causal(symbolic), lengths=order, sizes=tuple(order[s] for s in symbolic.symbols))
     )

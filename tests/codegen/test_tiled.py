@@ -1,0 +1,271 @@
+"""The tiled kernels: right against the reference in float64, with the sources and the work that they should have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from attncomp.codegen.compile import has_triton
+from attncomp.codegen.render import template_sources
+from attncomp.codegen.tiled_backward_source import BACKWARD, backward_source
+from attncomp.codegen.tiled_source import (
+    FORWARD,
+    Part,
+    exponent_of,
+    forward_source,
+    width_parts,
+)
+from attncomp.codegen.tiled_tiles import shared_bytes, tile_parameters, visited_pairs
+from attncomp.codegen.variants.tiled import TILED
+from attncomp.cost import predict_ms
+from attncomp.expr import ONE, ZERO, Const, Load, Op, Score, Size, Sum, add, le, mul, op
+from attncomp.hardware import A100_80GB, H100_SXM, L4
+from attncomp.plan import Plan
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec, H, I, J, TensorInfo, plain_spec
+from attncomp.variant import Offer, Rejection, Request
+from tests.codegen.tiled_cases import CASES
+from tests.codegen.tiled_runs import (
+    WIDTHS,
+    errors,
+    find,
+    interpret,
+    interpreted_errors,
+    plan_of,
+    request_of,
+    small_tiles,
+    with_dtype,
+)
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+# One of each kind runs by default; the others take as long again.
+_QUICK = {
+    "causal",
+    "window",
+    "grouped_heads",
+    "softcap",
+    "alibi_learned",
+    "dense_bias_shared",
+    "bias_table",
+    "key_bias_learned",
+    "padding_zero",
+    "padding_nan",
+    "padding_finfo_min",
+    "documents",
+    "sink",
+    "offset",
+    "width_72",
+    "bfloat16",
+    "gate_learned",
+    "sum",
+    "symbolic",
+}
+_TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
+    """Runs cases in one process where Triton is imported with its interpreter on; here it stays a compiler."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:
+        yield lambda *args: pool.submit(interpreted_errors, *args).result(timeout=300)
+
+
+def _parameters() -> list[Any]:
+    return [pytest.param(c.name, marks=() if c.name in _QUICK else pytest.mark.slow, id=c.name) for c in CASES]
+
+
+@pytest.mark.parametrize("name", _parameters())
+def test_forward_and_gradients_match_the_reference(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
+    case = find(name)
+    found = interpreter(name)
+    tolerance = {"out": _TOLERANCE[case.spec.dtype]}
+    for tensor in case.spec.tensors:  # a captured float16 tensor has a float16 gradient
+        tolerance[f"d{tensor.name}"] = max(_TOLERANCE.get(tensor.dtype, 0), _TOLERANCE[case.spec.dtype])
+    assert {k: v for k, v in found.items() if not v <= tolerance[k]} == {}
+    learned = 0 if case.forward_only else 3 + sum(t.requires_grad for t in case.spec.captured)
+    assert len(found) == 1 + learned
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_on_a_gpu(name: str, dtype: str) -> None:
+    case = with_dtype(find(name), dtype)
+    found = errors(case, plan_of(case, "cuda"), "cuda")
+    limit = max(_TOLERANCE[dtype], *(_TOLERANCE.get(t.dtype, 0) for t in case.spec.captured), 0)
+    assert {k: v for k, v in found.items() if not v <= limit} == {}
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi_learned", "dense_bias_shared", "gate_learned", "symbolic"])
+def test_sources_are_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    plan = small_tiles(plan_of(find(name), "cuda"))
+    golden(f"tiled_{name}_forward", forward_source(plan))
+    golden(f"tiled_{name}_backward", backward_source(plan))
+
+
+def test_descriptor_source_is_golden(golden: Callable[[str, str], None]) -> None:
+    plan = plan_of(with_dtype(find("causal"), "bfloat16"), "cuda")
+    assert plan.params["descriptors"] is True
+    golden("tiled_descriptors_forward", forward_source(plan, True))
+    golden("tiled_descriptors_backward", backward_source(plan, True))
+
+
+def test_a_full_tile_is_not_tested() -> None:
+    source = forward_source(plan_of(find("causal"), "cuda"))
+    inner, edge = source.split("for j_first in ")[1:]
+    assert "tl.where((i >" not in inner
+    assert "tl.where((i >" in edge
+
+
+def test_no_mask_and_whole_tiles_need_one_loop() -> None:
+    spec = plain_spec(batch=1, heads=1, query=128, key=128, width=64, dtype="bfloat16")
+    plan = Plan(spec, find("plain").proof, "tiled", plan_of(find("plain"), "cuda").params)
+    proof = dataclasses.replace(plan.proof, key_hi=spec.size("j"), query_hi=spec.size("i"))
+    source = forward_source(dataclasses.replace(plan, proof=proof))
+    assert source.count("for j_first in ") == 1
+    assert "exists" not in source
+
+
+def test_what_does_not_change_in_the_loop_is_computed_before_it() -> None:
+    source = forward_source(plan_of(find("documents"), "cuda"))
+    before, *loops = source.split("for j_first in ")
+    assert before.count("tl.load(c0") + before.count("tl.load(t") == 1
+    assert all(loop.count("tl.load(c0") + loop.count("tl.load(t") == 1 for loop in loops)
+
+
+def test_a_changed_template_changes_the_fingerprint() -> None:
+    assert set(template_sources(FORWARD)) == {FORWARD, "_loads.py.jinja", "_numerics.py.jinja"}
+    assert set(template_sources(BACKWARD)) == {BACKWARD, "_backward.py.jinja", "_loads.py.jinja", "_numerics.py.jinja"}
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 8, 16, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256])
+def test_parts_cover_the_width(width: int) -> None:
+    parts = width_parts(width)
+    assert [p.first for p in parts] == [sum(q.width for q in parts[:n]) for n in range(len(parts))]
+    assert all(p.width >= 16 and p.width & (p.width - 1) == 0 for p in parts)
+    assert 0 <= sum(p.width for p in parts) - width < max(16, width // 3)
+    assert [p.tail for p in parts] == [p.first + p.width > width for p in parts]
+
+
+def test_parts_of_common_widths() -> None:
+    assert width_parts(192) == (Part(0, 0, 128, False), Part(1, 128, 64, False))
+    assert width_parts(72) == (Part(0, 0, 64, False), Part(1, 64, 16, True))
+    assert width_parts(120) == (Part(0, 0, 128, True),)
+
+
+def _exponent(program: Any) -> Any:
+    captured = (TensorInfo("c0", (Const(2), Const(8), Const(8)), "float32"), TensorInfo("c1", (Const(2),), "float32"))
+    return exponent_of(plain_spec(batch=1, heads=2, query=8, key=8, width=8, program=program, captured=captured))
+
+
+def test_a_scale_goes_into_the_exponent() -> None:
+    found = _exponent(mul(Score(), Const(0.25)))
+    assert found.program == Score()
+    assert found.scale == pytest.approx(0.25 * math.log2(math.e))
+
+
+def test_a_slope_takes_the_base_of_the_logarithm() -> None:
+    found = _exponent(add(mul(Score(), Const(0.25)), mul(op("to_float", op("sub", J, I)), Load("c1", (H,)))))
+    assert found.log2
+    assert found.scale is None
+
+
+def test_a_dense_bias_keeps_natural_logarithms() -> None:
+    found = _exponent(add(Score(), Load("c0", (H, I, J))))
+    assert not found.log2
+
+
+def test_the_largest_bias_stays_finite() -> None:
+    lowest = float(torch.finfo(torch.float32).min)
+    found = _exponent(op("where", le(J, I), mul(Score(), Const(0.25)), Const(lowest)))
+    assert found.log2
+    constants = [n.value for n in found.program.args if isinstance(n, Const)]
+    assert all(math.isfinite(torch.tensor(c, dtype=torch.float32).item()) for c in constants)
+
+
+@pytest.mark.parametrize("hardware", [H100_SXM, A100_80GB, L4], ids=lambda h: h.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tiles_fit_the_device(hardware: Any, dtype: str, width: int) -> None:
+    spec = plain_spec(batch=1, heads=1, query=4096, key=4096, width=width, dtype=dtype, training=True)
+    tiles = tile_parameters(spec, hardware)
+    assert set(tiles) == {"forward", "keys", "queries", "prepare", "pairs"}
+    item = 4 if dtype == "float32" else 2
+    for kernel in ("forward", "keys", "queries"):
+        assert shared_bytes(kernel, tiles[kernel], width, width, item) <= hardware.shared_memory
+
+
+def test_work_counts_the_visited_tiles() -> None:
+    spec = plain_spec(batch=1, heads=1, query=4096, key=4096, width=64, dtype="bfloat16")
+    hints = dict(zip("bhijde", (1, 1, 4096, 4096, 64, 64), strict=True))
+    full = Request(spec, MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i")), "cuda", H100_SXM, hints)
+    causal = Request(spec, MaskProof("causal", ZERO, add(I, ONE), J, spec.size("i")), "cuda", H100_SXM, hints)
+    tile = {"block_m": 128, "block_n": 128}
+    assert visited_pairs(full.proof, full, tile) == 4096 * 4096
+    assert visited_pairs(causal.proof, causal, tile) == 128 * 128 * 32 * 33 / 2
+    offers = [TILED.accept(r) for r in (full, causal)]
+    works = [o.work for o in offers if isinstance(o, Offer)]
+    assert works[0].total_flops > 1.8 * works[1].total_flops
+    assert predict_ms(works[0], H100_SXM) > predict_ms(works[1], H100_SXM)
+
+
+def test_a_backward_pass_is_work_too() -> None:
+    forward, training = (
+        TILED.accept(request_of(dataclasses.replace(c, spec=dataclasses.replace(c.spec, training=t)), "cuda"))
+        for c in (find("causal"),)
+        for t in (False, True)
+    )
+    assert isinstance(forward, Offer)
+    assert isinstance(training, Offer)
+    assert 3 < training.work.total_flops / forward.work.total_flops < 5
+
+
+# -- what it does not take -------------------------------------------------------------------------------------------
+
+
+def _rejected(spec: AttentionSpec, device: str = "cuda", **changes: Any) -> str:
+    hints = dict.fromkeys("bhijde", 16)
+    proof = MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i"))
+    found = TILED.accept(Request(dataclasses.replace(spec, **changes), proof, device, H100_SXM, hints))
+    assert isinstance(found, Rejection), "it was accepted"
+    assert found.detail
+    return found.code
+
+
+def test_rejections_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    base: dict[str, Any] = {"batch": 1, "heads": 1, "query": 16, "key": 16, "width": 16}
+    spec = plain_spec(**base)
+    assert _rejected(spec, "cpu") == "device"
+    assert _rejected(spec, dropout=0.1) == "dropout"
+    assert _rejected(spec, weight=op("mul", spec.weight, Const(2.0))) == "weight-program"
+    assert _rejected(spec, score=mul(Const(2.0), spec.score)) == "access"
+    assert _rejected(spec, program=Sum("d", Const(4), Score())) == "inner-sum"
+    assert _rejected(plain_spec(**base, dtype="float64")) == "dtype"
+    assert _rejected(plain_spec(**{**base, "width": 512})) == "width"
+    assert _rejected(spec, sizes=(*spec.sizes[:4], Size("s0"), spec.sizes[5])) == "symbolic-width"
+    assert _rejected(spec, training=True, program=op("mod", Score(), Const(2.0))) == "no-derivative"
+    assert _rejected(spec, program=Op("pow", (Const(2), J))) == "unprintable"
+
+
+def test_old_gpus_are_rejected() -> None:
+    spec = plain_spec(batch=1, heads=1, query=16, key=16, width=16)
+    proof = MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i"))
+    turing = dataclasses.replace(A100_80GB, capability=(7, 5))
+    found = TILED.accept(Request(spec, proof, "cuda", turing, dict.fromkeys("bhijde", 16)))
+    assert isinstance(found, Rejection)
+    assert "7.5" in found.detail

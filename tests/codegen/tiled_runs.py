@@ -1,0 +1,107 @@
+"""Running a tiled case and comparing it with the reference in float64; in its own process where Triton interprets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attncomp.codegen.variants.tiled import Tiled
+from attncomp.expr import Const
+from attncomp.hardware import H100_SXM, Hardware
+from attncomp.plan import Plan
+from attncomp.reference import attention_reference
+from attncomp.spec import AXES
+from attncomp.variant import Offer, Rejection, Request
+from tests.codegen.tiled_cases import CASES, Case
+
+SMALL_TILE = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
+"""For the interpreter: small enough for a short sequence to have tiles on the edge and inside."""
+
+WIDTHS = (64, 72, 80, 96, 128, 192, 256)
+"""Head widths that models have."""
+
+
+def interpret() -> None:
+    """What a worker process does first: Triton reads the variable when it is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def find(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+def with_dtype(case: Case, dtype: str) -> Case:
+    """The same case with q, k, v and the output in another dtype."""
+    tensors = tuple(dataclasses.replace(t, dtype=dtype) for t in case.spec.tensors[:3])
+    spec = dataclasses.replace(case.spec, dtype=dtype, tensors=(*tensors, *case.spec.captured))
+    return dataclasses.replace(case, spec=spec)
+
+
+def request_of(case: Case, device: str, hardware: Hardware = H100_SXM) -> Request:
+    hints = {
+        axis: int(size.value) if isinstance(size, Const) else case.lengths[str(size)]
+        for axis, size in zip(AXES, case.spec.sizes, strict=True)
+    }
+    return Request(case.spec, case.proof, device, hardware, hints, dict(case.lengths))
+
+
+def plan_of(case: Case, device: str, changes: Mapping[str, Any] | None = None) -> Plan:
+    offer = Tiled().accept(request_of(case, device))
+    if isinstance(offer, Rejection):
+        raise AssertionError(f"{case.name}: {offer}")
+    assert isinstance(offer, Offer)
+    return Plan(case.spec, case.proof, "tiled", {**offer.params, **(changes or {})})
+
+
+def small_tiles(plan: Plan) -> Plan:
+    tiles = {name: SMALL_TILE for name, value in plan.params.items() if isinstance(value, dict)}
+    return dataclasses.replace(plan, params={**plan.params, **tiles})
+
+
+def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
+    """Greatest error of the output and of each gradient, over the greatest value that should come out (1 at least)."""
+    torch.manual_seed(0)
+    inputs = case.inputs(device)
+    q, k, v, *captured = inputs
+    learns = [not case.forward_only] * 3 + [t.requires_grad for t in case.spec.captured]
+    wanted = [
+        (x.double() if x.is_floating_point() else x).detach().clone().requires_grad_(learn)
+        for x, learn in zip(inputs, learns, strict=True)
+    ]
+    expected = attention_reference(case.spec, wanted[0], wanted[1], wanted[2], wanted[3:], case.sizes)
+    variant = Tiled()
+    out, lse = variant.forward(plan, q, k, v, captured, case.sizes)
+    assert out.shape == expected.shape
+    assert out.transpose(1, 2).is_contiguous()
+    pairs = {"out": (out, expected.detach())}
+    if not case.forward_only:
+        grad = torch.randn(expected.shape, dtype=torch.float64).to(out)
+        expected.backward(grad.double())
+        got = variant.backward(plan, grad, out, lse, q, k, v, captured, case.sizes)
+        names = [t.name for t, learn in zip(case.spec.tensors, learns, strict=True) if learn]
+        tensors = [x for x, learn in zip(inputs, learns, strict=True) if learn]
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted if x.requires_grad]
+        for name, tensor, mine, right in zip(names, tensors, got, gradients, strict=True):
+            assert mine.shape == tensor.shape
+            assert mine.dtype == tensor.dtype
+            assert mine.is_contiguous()
+            pairs[f"d{name}"] = (mine, right)
+    return {name: _error(mine, right) for name, (mine, right) in pairs.items()}
+
+
+def _error(mine: torch.Tensor, right: torch.Tensor) -> float:
+    mine = mine.double()
+    if not torch.equal(mine.isnan(), right.isnan()):
+        return float("inf")
+    return float(((mine - right).abs().nan_to_num(0.0).max() / right.abs().nan_to_num(0.0).max().clamp(min=1)).item())
+
+
+def interpreted_errors(name: str, dtype: str | None = None) -> dict[str, float]:
+    """`errors` of a case on the CPU, in this process's Triton interpreter."""
+    case = find(name) if dtype is None else with_dtype(find(name), dtype)
+    return errors(case, small_tiles(plan_of(case, "cpu")), "cpu")
