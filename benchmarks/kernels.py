@@ -1,8 +1,8 @@
-"""The generated tiled kernel beside cuDNN, flash and FlexAttention, in one run: milliseconds, TFLOP/s and the error of each.
+"""The generated tiled kernel beside cuDNN, flash and FlexAttention, in one run: time, TFLOP/s and error of each.
 
-Batch 1, 16 heads, widths 64 and 128, 4k and 16k tokens, bf16; masks none, causal, causal with a window of 1024, and causal with scores
-capped at 50 (softcap). TFLOP/s count the pairs that the mask allows. Errors are relative to float64, on two heads and 128 query rows, of
-the output or, with ``--backward``, of the gradient of q.
+Batch 1, 16 heads, widths 64 and 128, 4k and 16k tokens, bf16; masks none, causal, causal with a window of 1024, and
+causal with scores capped at 50 (softcap). TFLOP/s count the pairs that the mask allows. Errors are relative to float64,
+on two heads and 128 query rows, of the output or, with ``--backward``, of the gradient of q.
 
 Run with ``PYTHONPATH=. python benchmarks/kernels.py [--backward] [--tiny]``.
 """
@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +50,9 @@ class Case:
 
     def program(self, width: int) -> Expr:
         scaled = mul(Score(), Const(width**-0.5))
-        return scaled if self.softcap is None else mul(op("tanh", mul(scaled, Const(1 / self.softcap))), Const(self.softcap))
+        if self.softcap is None:
+            return scaled
+        return mul(op("tanh", mul(scaled, Const(1 / self.softcap))), Const(self.softcap))
 
     def pairs(self, n: int) -> float:
         """Query-key pairs that the mask allows."""
@@ -153,7 +154,8 @@ def exact_rows(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Ten
         scores = scores.masked_fill(distance < 0, -math.inf)
     if case.window is not None:
         scores = scores.masked_fill(distance >= case.window, -math.inf)
-    return scores.softmax(-1) @ v
+    out: Tensor = scores.softmax(-1) @ v
+    return out
 
 
 def contestants(case: Case, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Mapping[str, Attention | None]:
@@ -175,7 +177,9 @@ def timed_forward(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v)
 
 
-def run(case: Case, n: int, width: int, heads: int, device: str, dtype: torch.dtype, runs: int, training: bool) -> list[str]:
+def run(
+    case: Case, n: int, width: int, heads: int, device: str, dtype: torch.dtype, runs: int, training: bool
+) -> list[str]:
     """One row of the table."""
     generator = torch.Generator().manual_seed(n + width)
     q, k, v, grad = (torch.randn(1, heads, n, width, generator=generator).to(device, dtype) for _ in range(4))
@@ -203,9 +207,7 @@ def run(case: Case, n: int, width: int, heads: int, device: str, dtype: torch.dt
     return row
 
 
-def _backward(
-    attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, device: str, runs: int
-) -> m.Measured:
+def _backward(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, device: str, runs: int) -> m.Measured:
     """The backward alone, on one saved forward; its value is the gradient of q."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     try:
@@ -223,7 +225,9 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096,16384")
     parser.add_argument("--cases", default=",".join(c.name for c in CASES))
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to check the script (TRITON_INTERPRET=1 on a CPU)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small sizes, to check the script (TRITON_INTERPRET=1 on a CPU)"
+    )
     args = parser.parse_args()
     widths = (16,) if args.tiny else tuple(int(x) for x in args.widths.split(","))
     lengths = (64,) if args.tiny else tuple(int(x) for x in args.lengths.split(","))

@@ -1,9 +1,9 @@
 """Linear attention written in the quadratic form: eager, inductor and attncomp as the sequence grows.
 
 Two modules, both over (B, H, n, d): RetNet's ``(q kᵀ ⊙ decay^(i-j)) v`` with a constant decay for each head, and
-``(φ(q) φ(k)ᵀ ⊙ causal) v`` divided by the rows' sums. Time and memory above what the inputs take, forward and forward + backward, and
-the exponent of time over n that fits attncomp's rows best. Errors are attncomp's: of the last rows against float64, and of the gradients
-against eager's in the same dtype where eager runs.
+``(φ(q) φ(k)ᵀ ⊙ causal) v`` divided by the rows' sums. Time and memory above what the inputs take, forward and
+forward + backward, and the exponent of time over n that fits attncomp's rows best. Errors are attncomp's: of the last
+rows against float64, and of the gradients against eager's in the same dtype where eager runs.
 
 Run with ``PYTHONPATH=. python benchmarks/linear.py [--device cpu|cuda] [--tiny]``.
 """
@@ -25,7 +25,7 @@ from benchmarks import measure as m
 
 
 class Retention(nn.Module):
-    """O = ((q kᵀ) ⊙ D) v with D[i, j] = decay_h^(i - j) for j <= i (Sun et al. 2023, arXiv:2307.08621, the parallel form)."""
+    """O = ((q kᵀ) ⊙ D) v with D[i, j] = decay_h^(i - j) for j <= i: Sun et al.'s parallel form (arXiv:2307.08621)."""
 
     decay: Tensor
 
@@ -39,11 +39,12 @@ class Retention(nn.Module):
         distance = row[:, None] - torch.arange(k.shape[-2], device=q.device)[None, :]
         decay = torch.exp(torch.log(self.decay)[:, None, None] * distance)
         decay = decay.masked_fill(distance < 0, 0.0).to(q.dtype)
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 * decay) @ v
+        out: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 * decay) @ v
+        return out
 
 
 class NormalisedLinear(nn.Module):
-    """O = W v / (W 1 + eps) with W = φ(q) φ(k)ᵀ for j <= i, φ = elu + 1 (Katharopoulos et al. 2020, arXiv:2006.16236)."""
+    """O = W v / (W 1 + eps), W = φ(q) φ(k)ᵀ for j <= i, φ = elu + 1 (Katharopoulos et al., arXiv:2006.16236)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
         allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(first)
@@ -143,7 +144,8 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
         rows.append([*row, m.relative(error)])
         m.say(f"{name}, n={n}: {', '.join(row[1:])}, error {m.relative(error)}")
     phase = "forward + backward" if training else "forward"
-    head = [f"{name}, {phase}: n", *(cell for x in how for cell in (f"{x} ms", "GiB")), "gradients from eager" if training else "error"]
+    error_of = "gradients from eager" if training else "error"
+    head = [f"{name}, {phase}: n", *(cell for x in how for cell in (f"{x} ms", "GiB")), error_of]
     fit = ""
     if len(seen) > 1:
         half = seen[len(seen) // 2 :] if len(seen) > 3 else seen
@@ -152,7 +154,7 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
     return f"{m.table(head, rows)}\n{fit}. {summary}\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SETTINGS), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--executors", default=",".join(m.EXECUTORS), help="which competitors, in order")
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--always", action="store_true", help="rewrite every site, whatever the cost model predicts")
     parser.add_argument("--tiny", action="store_true", help="small sizes and no inductor, to check the script")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     s = SETTINGS[args.device]
     how = tuple(args.executors.split(","))
     if not set(how) <= set(m.EXECUTORS):
@@ -172,7 +174,6 @@ def main() -> None:
         how = tuple(x for x in how if x != "inductor")
     s = Setting(s.device, s.dtype, s.heads, s.width, lengths, s.limit)
     options = m.attncomp_options(always=args.always or args.tiny, debug=args.tiny)
-    torch._dynamo.config.recompile_limit = 64
     m.say(f"{m.conditions(s.device)}; {s.heads} heads x {s.width}, {str(s.dtype).removeprefix('torch.')}, batch 1\n")
     modules = {"decay": Retention(s.heads), "normalised": NormalisedLinear()}
     for name, module in modules.items():

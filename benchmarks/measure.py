@@ -28,8 +28,8 @@ EXECUTORS = ("eager", "inductor", "attncomp")
 class Measured:
     """One row: milliseconds (median of the runs), bytes at the peak, seconds of the first call, and what it returned.
 
-    peak_bytes counts everything allocated on a CUDA device; on a CPU, what became resident during the runs. `failure` says why
-    there is no number.
+    peak_bytes counts everything allocated on a CUDA device; on a CPU, what became resident during the runs. `failure`
+    says why there is no number.
     """
 
     ms: float = float("nan")
@@ -40,9 +40,9 @@ class Measured:
 
 
 def compiled(module: Callable[..., Any], how: str, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """`module` as it is (``eager``), or compiled by ``inductor`` or ``attncomp`` (passed as a function: no installation is needed).
+    """`module` as it is (``eager``), or compiled by ``inductor`` or ``attncomp``, with attncomp's `options`.
 
-    `options` are attncomp's.
+    The backend is passed as a function, so that attncomp need not be installed.
     """
     torch._dynamo.reset()
     if how == "eager":
@@ -53,7 +53,7 @@ def compiled(module: Callable[..., Any], how: str, options: Mapping[str, Any] | 
 
 
 def measure(call: Callable[[], Any], device: str, *, runs: int = 10, warm: int = 2) -> Measured:
-    """First call (compiles), then `warm` calls, then `runs` timed ones. Running out of memory is a result, not an error."""
+    """A call that compiles, `warm` more, then `runs` timed ones. Running out of memory is a result, not an error."""
     release(device)
     try:
         start = time.perf_counter()

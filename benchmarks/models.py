@@ -12,7 +12,7 @@ Run with ``PYTHONPATH=. python benchmarks/models.py [--parts prefill-8k,train-8k
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,8 @@ class HandwrittenAttention(nn.Module):
         v = repeat_kv(v, groups)
         scores = torch.matmul(q, k.transpose(2, 3)) * width**-0.5 + mask
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        return self.o(torch.matmul(weights, v).transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.o(torch.matmul(weights, v).transpose(1, 2).reshape(batch, length, -1))
+        return out
 
 
 class Block(nn.Module):
@@ -98,7 +99,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         y = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
 
 
 class Llama(nn.Module):
@@ -128,7 +130,8 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin, mask)
         if labels is None:
-            return self.head(self.norm(x[:, -1]))
+            last: Tensor = self.head(self.norm(x[:, -1]))
+            return last
         return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), labels.flatten())
 
 
@@ -155,13 +158,17 @@ def stock(shape: Shape, device: str, dtype: torch.dtype, length: int) -> nn.Modu
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return model.eval()  # type: ignore[no-any-return]
+        build: Any = transformers.AutoModelForCausalLM.from_config
+        model: nn.Module = build(config, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()
+
+
+Call = Callable[[], Any]
 
 
 def competitors(
-    title: str, device: str, call: Callable[[str], Callable[[], Any]], how: tuple[str, ...], runs: int, exact: Any = None
-) -> list[list[str]]:
+    title: str, device: str, call: Callable[[str], Call], how: tuple[str, ...], runs: int, exact: Any = None
+) -> None:
     """One row for each competitor; differences are against `exact` if given, else against the first that ran."""
     rows, reference, what = [], exact, "float32 eager" if exact is not None else ""
     for name in how:
@@ -169,19 +176,17 @@ def competitors(
         result = m.measure(call(name), device, runs=runs)
         if reference is None and result.value is not None:
             reference, what = result.value, name
-        rows.append(
-            [name, m.milliseconds(result), m.gibibytes(result), m.relative(m.difference(result.value, reference)), f"{result.first_s:.0f}"]
-        )
-        m.say(f"{title}, {name}: {m.milliseconds(result)} ms, {m.gibibytes(result)} GiB, first call {result.first_s:.1f} s")
+        ms, gib, seconds = m.milliseconds(result), m.gibibytes(result), f"{result.first_s:.0f}"
+        rows.append([name, ms, gib, m.relative(m.difference(result.value, reference)), seconds])
+        m.say(f"{title}, {name}: {ms} ms, {gib} GiB, first call {seconds} s")
         for report in m.reports_since(before):
             m.say(f"  {m.report_summary([report])}")
     head = [title, "ms", "peak GiB", f"difference from {what}", "first call, s"]
     m.say(f"\n{m.table(head, rows)}\n")
-    return rows
 
 
-def prefill(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Callable[[], Any]]:
-    def call(how: str) -> Callable[[], Any]:
+def prefill(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Call]:
+    def call(how: str) -> Call:
         run = m.compiled(model, how, options)
 
         def forward() -> Tensor:
@@ -194,12 +199,12 @@ def prefill(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[
     return call
 
 
-def train(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Callable[[], Any]]:
+def train(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Callable[[str], Call]:
     """Forward and backward with new gradients each time; returns the gradients of the attention's projections."""
     labels = ids.roll(-1, 1)
     watched = [p for name, p in model.named_parameters() if ".attention." in name]
 
-    def call(how: str) -> Callable[[], Any]:
+    def call(how: str) -> Call:
         run = m.compiled(model, how, options)
 
         def step() -> list[Tensor]:
@@ -220,10 +225,11 @@ class LastLogits(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
+        logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        return logits[:, -1]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--executors", default=",".join(m.EXECUTORS), help="which competitors, in order")
@@ -231,7 +237,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--always", action="store_true", help="rewrite every site, whatever the cost model predicts")
     parser.add_argument("--tiny", action="store_true", help="small sizes and no inductor, to check the script")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     parts, how = tuple(args.parts.split(",")), tuple(args.executors.split(","))
     if not set(parts) <= set(PARTS) or not set(how) <= set(m.EXECUTORS):
         parser.error(f"parts are {', '.join(PARTS)}; executors are {', '.join(m.EXECUTORS)}")
@@ -241,7 +247,6 @@ def main() -> None:
     options = m.attncomp_options(always=args.always or args.tiny, debug=args.tiny)
     if args.tiny:
         how = tuple(x for x in how if x != "inductor")
-    torch._dynamo.config.recompile_limit = 64
     m.say(f"{m.conditions(device)}\n")
 
     def tokens(length: int) -> Tensor:
@@ -252,15 +257,18 @@ def main() -> None:
         if "prefill-8k" in parts:
             with torch.inference_mode():
                 exact = _float32(model, ids, device)
-            competitors(f"handwritten attention, forward, {short} tokens", device, prefill(model, ids, options), how, args.runs, exact)
+            title = f"handwritten attention, forward, {short} tokens"
+            competitors(title, device, prefill(model, ids, options), how, args.runs, exact)
         if "train-8k" in parts:
             later = tuple(x for x in how if x != "eager")  # eager keeps every weight of every layer: over 100 GiB at 8k
-            competitors(f"handwritten attention, forward + backward, {short} tokens", device, train(model, ids, options), later, args.runs)
+            title = f"handwritten attention, forward + backward, {short} tokens"
+            competitors(title, device, train(model, ids, options), later, args.runs)
         del model
         m.release(device)
     if "prefill-32k" in parts:
-        model = LastLogits(stock(shape, device, dtype, long))
-        competitors(f"transformers Llama, sdpa, forward, {long} tokens", device, prefill(model, tokens(long), options), how, args.runs)
+        llama = LastLogits(stock(shape, device, dtype, long))
+        title = f"transformers Llama, sdpa, forward, {long} tokens"
+        competitors(title, device, prefill(llama, tokens(long), options), how, args.runs)
 
 
 def _float32(model: Llama, ids: Tensor, device: str) -> Tensor | None:
@@ -268,7 +276,8 @@ def _float32(model: Llama, ids: Tensor, device: str) -> Tensor | None:
     import copy
 
     try:
-        return copy.deepcopy(model).float()(ids).cpu().to(device)  # type: ignore[no-any-return]
+        logits: Tensor = copy.deepcopy(model).float()(ids)
+        return logits
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
