@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from attncomp.codegen.blocks import Box, Site, add_at, add_to_load
+from attncomp.codegen.blocks import Box, Range, Site, add_at, add_to_load
 from attncomp.expr import Load, Op, axes_of
 from attncomp.spec import AttentionSpec
 
@@ -32,8 +32,8 @@ class Operands:
             raise ValueError("blocked was planned for a score that it does not accept")
         self._query, self._key, self._value = found
         heads = site.size["h"]
-        self.group = heads // site.tensors["k"].shape[1] if site.plan.spec.group is not None else 1
-        self.plain = self.group > 1
+        self.plain = site.plan.spec.group is not None
+        self.group = heads // site.tensors["k"].shape[1] if self.plain else 1
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """(b, h, i, n) as (b, key heads, group * i, n)."""
@@ -45,22 +45,29 @@ class Operands:
         return x if self.group == 1 else x.reshape(b, h, i, x.shape[3])
 
     def query(self, box: Box) -> torch.Tensor:
-        return self.fold(self.site.read(self._query, box, "bhid"))
+        return self.fold(self._part("q", box, box.h, box.i) if self.plain else self.site.read(self._query, box, "bhid"))
 
     def key(self, box: Box) -> torch.Tensor:
-        return self._shared("k", box) if self.plain else self.site.read(self._key, box, "bhjd")
+        return (
+            self._part("k", box, self._key_heads(box), box.j) if self.plain else self.site.read(self._key, box, "bhjd")
+        )
 
     def value(self, box: Box) -> torch.Tensor:
-        return self._shared("v", box) if self.plain else self.site.read(self._value, box, "bhje")
+        return (
+            self._part("v", box, self._key_heads(box), box.j)
+            if self.plain
+            else self.site.read(self._value, box, "bhje")
+        )
 
-    def _key_heads(self, box: Box) -> tuple[int, int]:
+    def _key_heads(self, box: Box) -> Range:
         return box.h[0] // self.group, box.h[1] // self.group
 
-    def _shared(self, name: str, box: Box) -> torch.Tensor:
+    def _part(self, name: str, box: Box, heads: Range, along: Range) -> torch.Tensor:
+        """A block of q, k or v read plainly, broadcast dimensions expanded."""
         x = self.site.tensors[name]
-        batch = slice(None) if x.shape[0] == 1 else slice(*box.b)
-        x = x[batch, slice(*self._key_heads(box)), slice(*box.j)].to(self.site.dtype)
-        return x.expand(box.shape[0], -1, -1, -1)
+        ranges = ((0, 1) if n == 1 else r for n, r in zip(x.shape, (box.b, heads, along), strict=False))
+        x = x[tuple(slice(*r) for r in ranges)].to(self.site.dtype)
+        return x.expand(box.shape[0], heads[1] - heads[0], -1, -1)
 
     def add_query(self, box: Box, grad: torch.Tensor, grads: Mapping[str, torch.Tensor]) -> None:
         self._add(self._query, box, "bhid", grad, grads)
@@ -75,8 +82,9 @@ class Operands:
         target = grads.get(load.tensor)
         if target is None:
             return
-        if self.plain and axes != "bhid":
-            add_at(target, grad, (box.b[0], self._key_heads(box)[0], box.j[0], 0))
+        if self.plain:
+            starts = (box.b[0], box.h[0], box.i[0]) if axes == "bhid" else (box.b[0], box.h[0] // self.group, box.j[0])
+            add_at(target, grad, (*starts, 0))
             return
-        ranges = {a: getattr(box, a) if a in "bhij" else (0, self.site.size[a]) for a in axes}
+        ranges = {a: box.ranges.get(a, (0, self.site.size[a])) for a in axes}
         add_to_load(target, load, grad, self.site.grid(ranges))

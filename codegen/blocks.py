@@ -165,10 +165,47 @@ def add_to_load(target: torch.Tensor, load: Load, grad: torch.Tensor, grid: Grid
                 view = view.narrow(dim, start, stop - start)
         view.add_(grad)
         return
-    index = []
-    for a, length in zip(load.index, target.shape, strict=True):
-        value = evaluate(a, grid)
-        if not isinstance(value, torch.Tensor):
-            value = torch.full([1] * len(names), int(value), device=grid.device)
-        index.append(value.to(torch.int64).clamp(0, length - 1).expand(grad.shape))
-    target.index_put_(tuple(index), grad, accumulate=True)
+    if not _add_by_table(target, load, grad, grid):
+        index = tuple(_index(a, n, grid).expand(grad.shape) for a, n in zip(load.index, target.shape, strict=True))
+        target.index_put_(index, grad, accumulate=True)
+
+
+def _index(e: Expr, length: int, grid: Grid) -> torch.Tensor:
+    """The indices that `e` gives over the grid, within a dimension of `length`: those out of range are never used."""
+    value = evaluate(e, grid)
+    if not isinstance(value, torch.Tensor):
+        value = torch.full([1] * len(grid.axes), int(value), device=grid.device)
+    return value.to(torch.int64).clamp(0, length - 1)
+
+
+def _add_by_table(target: torch.Tensor, load: Load, grad: torch.Tensor, grid: Grid) -> bool:
+    """Add by one table of few entries for each index along plain axes, as relative-position biases are read; or not.
+
+    Faster than `index_put_`, which finds the address of each element from all of its indices.
+    """
+    names = list(grid.axes)
+    computed = [dim for dim, a in enumerate(load.index) if not isinstance(a, Axis)]
+    inner = frozenset[str]().union(*(axes_of(load.index[dim]) for dim in computed))
+    plain = [(dim, a.name) for dim, a in enumerate(load.index) if isinstance(a, Axis)]
+    outer = [name for _, name in plain]
+    entries = math.prod(target.shape[dim] for dim in computed)
+    pairs = math.prod(grad.shape[names.index(name)] for name in inner)
+    if inner & set(outer) or len(set(outer)) < len(outer) or entries > pairs:
+        return False
+    shape = [grad.shape[n] if name in inner else 1 for n, name in enumerate(names)]
+    flat = torch.zeros(shape, dtype=torch.int64, device=grid.device)
+    for dim in computed:
+        flat = flat * target.shape[dim] + _index(load.index[dim], target.shape[dim], grid)
+    order = [names.index(name) for name in outer]
+    rest = [n for n in range(len(names)) if n not in order]
+    batch = [grad.shape[n] for n in order]
+    values = grad.permute(order + rest).reshape([*batch, -1])
+    table = torch.zeros([*batch, entries], dtype=target.dtype, device=target.device)
+    table.scatter_add_(-1, flat.expand(shape).reshape([1] * len(batch) + [-1]).expand(values.shape), values)
+    view = target
+    for dim, name in plain:
+        start, stop = grid.axes[name]
+        view = view.narrow(dim, start, stop - start)
+    view = view.permute([dim for dim, _ in plain] + computed)
+    view.add_(table.view(view.shape))
+    return True

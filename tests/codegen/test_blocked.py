@@ -127,6 +127,8 @@ CASES = (
          program=add(SCALED, mul(SLOPE, DISTANCE))), hi=NEXT),
     case("learned buckets", spec_of(tensors=[captured("c0", 16, 4, learned=True)],
          program=add(SCALED, Load("c0", (BUCKET, H))))),
+    case("learned bias by row and distance", spec_of(tensors=[captured("c0", N, 16, learned=True)],
+         program=add(SCALED, Load("c0", (I, BUCKET)))), ),
     case("learned dense bias", spec_of(tensors=[captured("c0", 1, 4, N, N, learned=True)],
          program=add(S, Load("c0", (ZERO, H, I, J))))),
     case("learned temperature", spec_of(tensors=[captured("c0", 4, learned=True)], program=mul(S, op("exp", SLOPE)))),
