@@ -1,21 +1,25 @@
 """The ``torch.compile`` backend: ``torch.compile(model, backend="attncomp")``.
 
-The graph from Dynamo is captured, its attention rewritten, and the rest handed to inductor (or run eagerly). Whatever can't be
-captured goes to inductor whole. Inductor's own attention matcher, which is unsound on some graphs, is kept off every graph that
-passes here, by a configuration that is scoped to the compilation.
+The graph from Dynamo is captured, its attention rewritten, and the rest handed to inductor (or run eagerly).
+Whatever can't be captured goes to inductor whole. Inductor's own attention matcher, which is unsound on some
+graphs, is kept off every graph that passes here, by a configuration that is scoped to the compilation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
 
+from attncomp.codegen.cache import configure_default_cache
+from attncomp.codegen.fingerprint import sources_fingerprint
+from attncomp.codegen.variants import VARIANTS
 from attncomp.errors import AttncompError, OptionsError
 from attncomp.passes.rewrite import Rewritten, rewrite
 from attncomp.policy import Policy, check_variants, load_policy
@@ -43,8 +47,9 @@ def attncomp(
     Args:
         graph: Dynamo's graph. example_inputs: its fake inputs.
         mode: as for inductor: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``.
-        options: ``policy`` (path, preset or dict), ``executor`` (``inductor`` or ``eager``), ``verify`` (also compare every rewritten
-            site with the original on random inputs while compiling); every other key goes to inductor's configuration.
+        options: ``policy`` (path, preset or dict), ``executor`` (``inductor`` or ``eager``), ``verify`` (also compare
+            every rewritten site with the original on random inputs while compiling); every other key goes to
+            inductor's configuration.
 
     Raises:
         OptionsError, PolicyError: the user's options or policy are wrong.
@@ -52,7 +57,8 @@ def attncomp(
     own, inductor_options = _split_options(options or {})
     result = run_passes(graph, example_inputs, own.get("policy"), check_values=bool(own.get("verify", False)))
     record(result.report)
-    target, lifted = graph, ()
+    target = graph
+    lifted: tuple[torch.Tensor, ...] = ()
     if result.captured is None:
         _warn_once(result.report.fallback or "")
     elif any(s.verdict == "rewritten" for s in result.report.sites):
@@ -76,10 +82,6 @@ def run_passes(
     apply: bool = True,
 ) -> Rewritten:
     """Every pass over one Dynamo graph, with the installed variants."""
-    from attncomp.codegen.cache import configure_default_cache
-    from attncomp.codegen.fingerprint import sources_fingerprint
-    from attncomp.codegen.variants import VARIANTS
-
     loaded = load_policy(policy)
     check_variants(loaded, [v.name for v in VARIANTS])
     if loaded.cache.dir is not None or loaded.cache.max_size is not None:
@@ -103,9 +105,7 @@ def run_passes(
 
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    import difflib
-
-    import torch._inductor.config as inductor_config
+    import torch._inductor.config as inductor_config  # inductor takes seconds to import: only while compiling
 
     own = {k: v for k, v in options.items() if k in OWN_OPTIONS}
     rest = {k.replace("-", "_"): v for k, v in options.items() if k not in OWN_OPTIONS}
@@ -128,9 +128,10 @@ def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def inductor_guard() -> dict[str, Any]:
-    """Inductor settings that keep its attention matcher off a graph: the pass that holds its patterns is switched off by name.
+    """Inductor settings that keep its attention matcher off a graph: the pass with its patterns, switched off by name.
 
-    The setting is part of inductor's cache keys and holds for one compilation only; nothing changes for other users of inductor.
+    The setting is part of inductor's cache keys and holds for one compilation only; nothing changes for other users
+    of inductor.
     """
     import torch._inductor.config as inductor_config
 
@@ -143,7 +144,7 @@ def inductor_guard() -> dict[str, Any]:
 def _inductor(
     graph: GraphModule, inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    from torch._inductor import list_mode_options
+    from torch._inductor import list_mode_options  # seconds to import, and the eager executor does without it
     from torch._inductor.compile_fx import compile_fx
 
     patches = inductor_guard()
@@ -153,8 +154,7 @@ def _inductor(
     patches |= dict(options)
     if disabled:
         patches["disabled_passes"] = ",".join(dict.fromkeys(disabled))
-    compiled: Callable[..., Any] = compile_fx(graph, list(inputs), config_patches=patches)
-    return compiled
+    return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
 
 
 def _warn_once(reason: str) -> None:
@@ -163,8 +163,8 @@ def _warn_once(reason: str) -> None:
         return
     _warned.add(code)
     warnings.warn(
-        f"attncomp left a graph to inductor as it is ({reason}). The model runs and is right; its attention is not rewritten. "
-        "attncomp.reports() has the details.",
+        f"attncomp left a graph to inductor as it is ({reason}). The model runs and is right; its attention is not "
+        "rewritten. attncomp.reports() has the details.",
         stacklevel=2,
     )
 

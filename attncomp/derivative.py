@@ -1,6 +1,11 @@
-"""Derivatives of programs, as programs: what backward kernels apply to the gradient of P to reach S, biases and learned scales."""
+"""Derivatives of programs, as programs.
+
+What backward kernels apply to the gradient of P to reach S, biases and learned scales.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from attncomp.expr import Const, Expr, Op, add, mul, op, sub, where
 
@@ -9,9 +14,10 @@ ONE_F = Const(1.0)
 
 
 def derivative(e: Expr, leaf: Expr) -> Expr | None:
-    """d e / d leaf, where `leaf` is a whole sub-expression (`Score()` or a `Load`); None if an operation has no derivative rule.
+    """d e / d leaf, where `leaf` is a whole sub-expression (`Score()` or a `Load`).
 
-    Where a function has a kink (abs, relu, maximum) the choice is torch's: the subgradient autograd returns off the kink.
+    None if an operation has no derivative rule.
+    Where a function has a kink (abs, relu, maximum) the choice is torch's: the subgradient that autograd returns there.
     """
     memo: dict[Expr, Expr | None] = {}
 
@@ -23,7 +29,7 @@ def derivative(e: Expr, leaf: Expr) -> Expr | None:
     return visit(e)
 
 
-def _rule(e: Expr, leaf: Expr, visit) -> Expr | None:  # type: ignore[no-untyped-def]  # local recursion
+def _rule(e: Expr, leaf: Expr, visit: Callable[[Expr], Expr | None]) -> Expr | None:
     if e == leaf:
         return ONE_F
     if e.kind != "float" or not isinstance(e, Op):

@@ -1,4 +1,7 @@
-"""Expressions on torch tensors: the meaning of `attncomp.expr`, used by the reference, by ATen variants and by numeric checks."""
+"""Expressions on torch tensors: the meaning of `attncomp.expr`.
+
+Used by the reference, by ATen variants and by numeric checks.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
                 view = view.select(dim, int(a.value) if isinstance(a, Const) else 0)
             else:
                 start, stop = grid.axes[name]
-                if not (isinstance(start, int) and start == 0 and _same(stop, view.shape[dim])):
+                if not (_same(start, 0) and _same(stop, view.shape[dim])):
                     view = view.narrow(dim, start, stop - start)
         order = [n for n in grid.axes if n in used]
         view = view.permute([used.index(n) for n in order])
@@ -111,7 +114,7 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a == b or a is b
+    return (isinstance(a, int) and isinstance(b, int) and a == b) or a is b
 
 
 def _clamped(index: Value, size: int, grid: Grid) -> torch.Tensor:
@@ -170,10 +173,11 @@ def _apply(name: str, args: Sequence[Value], kinds: Sequence[str], grid: Grid) -
     return _TORCH[name](*tensors)  # type: ignore[no-any-return]  # torch's functions are untyped here
 
 
-def _tensor(value: Value, kind: str, grid: Grid) -> torch.Tensor:
+def _tensor(value: Value | torch.SymInt, kind: str, grid: Grid) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     dtype = torch.bool if kind == "bool" else torch.int64 if kind == "int" else grid.dtype
     if isinstance(value, torch.SymInt):  # a run-time length while tracing: keep it symbolic
-        return torch.scalar_tensor(value, dtype=dtype, device=grid.device)
+        symbol: Any = value
+        return torch.scalar_tensor(symbol, dtype=dtype, device=grid.device)
     return torch.full([1] * len(grid.axes), value, dtype=dtype, device=grid.device)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from attncomp.backend import run_passes
 from attncomp.errors import ExplainError
 from attncomp.policy import load_policy
 from attncomp.report import Report
@@ -19,9 +22,10 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Analyse ``model(*args, **kwargs)``: every attention site, its mask, every candidate with its predicted cost, and the choice.
+    """Analyse ``model(*args, **kwargs)``.
 
-    The model is traced and run once, eagerly; nothing is compiled, written to the cache, or recorded in `attncomp.reports`.
+    The report has every attention site, its mask, every candidate with its predicted cost, and the choice. The model
+    is traced and run once, eagerly; nothing is compiled, written to the cache, or recorded in `attncomp.reports`.
     Graph breaks are followed; the sites of all graphs are in one report.
 
     Args:
@@ -30,10 +34,6 @@ def explain(
     Raises:
         ExplainError: the model is not callable, or can't be traced at all. PolicyError: the policy is wrong.
     """
-    import torch
-
-    from attncomp.backend import run_passes
-
     if not callable(model):
         raise ExplainError(
             f"a {type(model).__name__} can't be called", where="attncomp.explain", fix="Pass a module or a function"

@@ -1,13 +1,14 @@
 """The expression language: what one element of an attention computes, as a function of named axes.
 
-An expression is a tree of frozen nodes over the axes of an attention (``b`` batch, ``h`` head, ``i`` query, ``j`` key, ``d`` and ``e``
-widths). `Axis` is an index, `Size` a length known only at run time, `Load` one element of a captured tensor at index expressions,
-`Score` the contraction S[b,h,i,j], `Weight` the normalised weight; `Op` applies a pointwise operation of `OPS` and `Sum` adds over
-one more axis. Everything that varies between kinds of attention is said in this language, so that the prover, the reference, the
-cost model and the Triton printer each read one thing.
+An expression is a tree of frozen nodes over the axes of an attention (``b`` batch, ``h`` head, ``i`` query, ``j`` key,
+``d`` and ``e`` widths). `Axis` is an index, `Size` a length known only at run time, `Load` one element of a captured
+tensor at index expressions, `Score` the contraction S[b,h,i,j], `Weight` the normalised weight; `Op` applies a
+pointwise operation of `OPS` and `Sum` adds over one more axis. Everything that varies between kinds of attention is
+said in this language, so that the prover, the reference, the cost model and the Triton printer each read one thing.
 
-The constructors (`add`, `mul`, `where`, ...) fold constants and keep integer sums in one normal form (`attncomp.polynomial`), so that
-equal index arithmetic is equal as a Python value. Float operations are folded only where that is exact up to rounding.
+The constructors (`add`, `mul`, `where`, ...) fold constants and keep integer sums in one normal form
+(`attncomp.polynomial`), so that equal index arithmetic is equal as a Python value. Float operations are folded only
+where that is exact up to rounding.
 """
 
 from __future__ import annotations
@@ -253,8 +254,8 @@ OPS: dict[str, OpInfo] = {
     "to_int": OpInfo(1, "int", int),
     "to_bool": OpInfo(1, "bool", bool),
 }
-"""Every pointwise operation. ``floordiv`` and ``mod`` round towards minus infinity, as Python and torch do; integer division by a
-constant is never by zero. ``pow`` of two integers needs a non-negative exponent."""
+"""Every pointwise operation. ``floordiv`` and ``mod`` round towards minus infinity, as Python and torch do; integer
+division by a constant is never by zero. ``pow`` of two integers needs a non-negative exponent."""
 
 TRUE = Const(True)
 FALSE = Const(False)
@@ -324,9 +325,15 @@ def _simplify_add(x: Expr, y: Expr) -> Expr | None:
         return to_float(x)
     if isinstance(x, Const):  # constants to the right: one spelling
         return add(y, x)
-    if isinstance(y, Const) and isinstance(x, Op) and x.name == "add" and isinstance(x.args[1], Const):
-        if math.isfinite(y.value) and math.isfinite(x.args[1].value):
-            return add(x.args[0], Const(float(x.args[1].value) + float(y.value)))
+    if (
+        isinstance(y, Const)
+        and isinstance(x, Op)
+        and x.name == "add"
+        and isinstance(x.args[1], Const)
+        and math.isfinite(y.value)
+        and math.isfinite(x.args[1].value)
+    ):
+        return add(x.args[0], Const(float(x.args[1].value) + float(y.value)))
     return _over_where("add", (x, y))
 
 
@@ -501,9 +508,8 @@ def _simplify_pow(x: Expr, y: Expr) -> Expr | None:
         return mul(x, x)
     if _is(y, 0.5):
         return op("sqrt", to_float(x))
-    if x.kind == "float" or y.kind == "float":
-        if x.kind != "float" or y.kind != "float":
-            return op("pow", to_float(x), to_float(y))
+    if x.kind != y.kind and "float" in (x.kind, y.kind):
+        return op("pow", to_float(x), to_float(y))
     return None
 
 
@@ -649,7 +655,7 @@ def sizes_of(e: Expr) -> tuple[str, ...]:
 
 
 def rebuild(e: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
-    """A copy of `e` in which every node for which `leaf` gives an expression is replaced by it; simplifies on the way up."""
+    """A copy of `e` where each node for which `leaf` gives an expression is that one; simplifies on the way up."""
     memo: dict[Expr, Expr] = {}
 
     def visit(node: Expr) -> Expr:
@@ -700,7 +706,7 @@ def all_of(parts: Iterable[Expr]) -> Expr:
 
 
 def to_json(e: Expr) -> Any:
-    """Nested lists of strings and numbers; `from_json` gives an equal expression back. Floats are written exactly (hex)."""
+    """Nested lists of strings and numbers, floats exactly (hex); `from_json` gives an equal expression back."""
     if isinstance(e, Const):
         return ["const", e.kind, e.value.hex() if isinstance(e.value, float) else int(e.value)]
     if isinstance(e, Axis | Size):

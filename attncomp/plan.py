@@ -1,4 +1,7 @@
-"""Plan: a resolved choice. Spec, proof, variant and parameters, named by a digest of everything that decides the result."""
+"""Plan: a resolved choice.
+
+Spec, proof, variant and parameters, named by a digest of everything that decides the result.
+"""
 
 from __future__ import annotations
 

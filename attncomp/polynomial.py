@@ -1,7 +1,9 @@
-"""Integer index arithmetic in normal form: polynomials with integer coefficients over axes, sizes and other integer expressions.
+"""Integer index arithmetic in normal form.
 
-Two integer expressions are equal for all values if their difference is the zero polynomial; that, and bounds by intervals, is what
-the proofs about masks and views rest on. Sound for mathematical integers: torch's int64 does not overflow at tensor indices.
+The form is a polynomial with integer coefficients over axes, sizes and other integer expressions. Two integer
+expressions are equal for all values if their difference is the zero polynomial; that, and bounds by intervals, is what
+the proofs about masks and views rest on. Sound for mathematical integers: torch's int64 does not overflow at tensor
+indices.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def _key(e: Expr) -> str:
 
 @lru_cache(maxsize=65536)
 def terms(e: Expr) -> Terms:
-    """The polynomial of an integer expression: monomial (sorted atoms) → coefficient; the empty monomial holds the constant."""
+    """An integer expression's polynomial: monomial (sorted atoms) → coefficient; the constant's monomial is empty."""
     if isinstance(e, Const):
         return {(): int(e.value)} if e.value else {}
     if isinstance(e, Op) and e.name in ("add", "sub", "mul") and all(a.kind == "int" for a in e.args):
@@ -59,7 +61,7 @@ def _product(x: Terms, y: Terms) -> Terms:
 
 
 def build(polynomial: Terms) -> Expr:
-    """The expression of a polynomial: monomials in a fixed order, the constant last; one spelling for equal polynomials."""
+    """The expression of a polynomial: one spelling for equal ones, monomials in a fixed order and the constant last."""
     total: Expr | None = None
     ordered = sorted(polynomial.items(), key=lambda item: (not item[0], item[1] < 0, [_key(a) for a in item[0]]))
     for monomial, coefficient in ordered:
@@ -153,7 +155,10 @@ def mod(x: Expr, n: int) -> Expr | None:
 
 
 def compare(name: str, x: Expr, y: Expr) -> Expr | None:
-    """A comparison with like terms cancelled; a constant where that decides it; one spelling (the first term positive, on the left)."""
+    """A comparison with like terms cancelled; a constant where that decides it.
+
+    One spelling: the first term is positive and on the left.
+    """
     polynomial = difference(x, y)
     if not polynomial or set(polynomial) == {()}:
         return Const(bool(OPS[name].fold(polynomial.get((), 0), 0)))
@@ -173,7 +178,10 @@ def _order(monomial: Monomial) -> str:
 
 
 def bounds(e: Expr, extents: Mapping[str, Expr]) -> tuple[int | None, int | None]:
-    """Least and greatest value of an integer expression where each axis runs over its extent; None: unbounded or unknown."""
+    """Least and greatest value of an integer expression where each axis runs over its extent.
+
+    None: unbounded or unknown.
+    """
     low: int | None = 0
     high: int | None = 0
     for monomial, coefficient in terms(e).items():

@@ -12,11 +12,14 @@ from attncomp.expr import TRUE, ZERO, Expr, from_json, to_json
 class MaskProof:
     """Facts about a mask M[b,h,i,j], each proven from its expression.
 
-    text: short canonical name: ``none``, ``causal``, ``causal & window(4096)``, ``causal & document``, ``padding``, ``dense``, ...
-    key_lo, key_hi: expressions over axis i: M is false for every j outside ``[key_lo(i), key_hi(i))``. Both never decrease with i, and
-        lie within [0, key length]; so for a tile of queries i0..i1 the keys are ``[key_lo(i0), key_hi(i1))``, and every key in
-        ``[key_lo(i1), key_hi(i0))`` lies inside the range of all its rows.
-    query_lo, query_hi: the same seen from a key, over axis j (for the backward pass over key tiles); both never decrease with j.
+    text: short canonical name: ``none``, ``causal``, ``causal & window(4096)``, ``causal & document``, ``padding``,
+        ``dense``, ...
+    key_lo, key_hi: expressions over axis i: M is false for every j outside ``[key_lo(i), key_hi(i))``. Both never
+        decrease with i, and lie within [0, key length]; so for a tile of queries i0..i1 the keys are
+        ``[key_lo(i0), key_hi(i1))``, and every key in ``[key_lo(i1), key_hi(i0))`` lies inside the range of all its
+        rows.
+    query_lo, query_hi: the same seen from a key, over axis j (for the backward pass over key tiles); both never
+        decrease with j.
     residual: M inside that range: ``True`` if the range says it all, else the predicate to test at each element.
     row_nonempty: every query row allows at least one key, for all values of the captured tensors.
     facts: the steps and assumptions of the proof, for the report.

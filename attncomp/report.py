@@ -73,7 +73,10 @@ class Report:
             return f"attncomp: the graph was left to inductor as it is ({self.fallback})"
         rewritten = sum(s.verdict == "rewritten" for s in self.sites)
         lines = [
-            f"attncomp: {rewritten} of {len(self.sites)} attention sites rewritten on {self.device} ({self.seconds:.2f} s of analysis)"
+            (
+                f"attncomp: {rewritten} of {len(self.sites)} attention sites rewritten on {self.device} "
+                f"({self.seconds:.2f} s of analysis)"
+            )
         ]
         if self.fallback is not None:
             lines.append(f"  the graph was left to inductor as it is: {self.fallback}")
@@ -119,7 +122,7 @@ def record(report: Report) -> None:
 
 
 def reports() -> tuple[Report, ...]:
-    """The reports of the graphs that this process compiled with ``backend="attncomp"``, oldest first (at most the last 256)."""
+    """The reports of the graphs that this process compiled with ``backend="attncomp"``: the last 256, oldest first."""
     with _lock:
         return tuple(_reports)
 

@@ -1,7 +1,7 @@
 """AttentionSpec: one language for all attention.
 
-An attention is a cascade of contractions with pointwise programs between them, over the axes b (batch), h (query head), i (query),
-j (key), d (width of q and k) and e (width of v)::
+An attention is a cascade of contractions with pointwise programs between them, over the axes b (batch), h (query
+head), i (query), j (key), d (width of q and k) and e (width of v)::
 
     S[b,h,i,j] = sum_d score                 score: loads of q and k (and gates), usually q[b,h,i,d] * k[b,h//g,j,d]
     P[b,h,i,j] = program(S, b, h, i, j)      scale, bias, softcap, ALiBi, decay, ...
@@ -9,14 +9,14 @@ j (key), d (width of q and k) and e (width of v)::
     W[b,h,i,j] = normaliser_j(P where M)     softmax (with sinks), none, sum
     O[b,h,i,e] = sum_j weight(W) * value     value: load of v, usually v[b,h//g,j,e]; dropout acts on the weight
 
-All of it is `attncomp.expr` trees, so accesses (head groups without repeat, page tables, joined caches) are index expressions like any other.
-`docs/architecture.md` shows how each known family is said.
+All of it is `attncomp.expr` trees, so accesses (head groups without repeat, page tables, joined caches) are index
+expressions like any other. `docs/architecture.md` shows how each known family is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attncomp.expr import (
@@ -29,6 +29,7 @@ from attncomp.expr import (
     Load,
     Op,
     Score,
+    Size,
     Weight,
     contains,
     floordiv,
@@ -64,8 +65,10 @@ class Normaliser:
     """How program values become weights along j.
 
     kind: ``softmax``; ``none`` (the program's value is the weight); ``sum`` (divide by the row's sum plus `eps`).
-    sink: for softmax, the logit of one more column that takes weight and adds no value (an expression over b, h, i), or None.
-    empty: what a row without any allowed key gives: ``impossible`` (proven not to happen), ``zero`` (SDPA) or ``nan`` (plain softmax).
+    sink: for softmax, the logit of one more column that takes weight and adds no value (an expression over b, h, i),
+        or None.
+    empty: what a row without any allowed key gives: ``impossible`` (proven not to happen), ``zero`` (SDPA) or ``nan``
+        (plain softmax).
     """
 
     kind: Literal["softmax", "none", "sum"] = "softmax"
@@ -76,9 +79,10 @@ class Normaliser:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The step of a carried state: S_t = (diag(decay) - erase writeᵀ) S_{t-1} + k vᵀ, for recurrences (delta rule and its kin).
+    """The step of a carried state: S_t = (diag(decay) - erase writeᵀ) S_{t-1} + k vᵀ.
 
-    `decay` is over (b, h, j, d), or None for ones; `erase` and `write` are over (b, h, j, d), both None without the rank-one term.
+    For recurrences (delta rule and its kin). `decay` is over (b, h, j, d), or None for ones; `erase` and `write` are
+    over (b, h, j, d), both None without the rank-one term.
     """
 
     decay: Expr | None = None
@@ -92,7 +96,7 @@ class AttentionSpec:
 
     sizes: the size of each axis of `AXES`, a `Const` or an expression of `Size`.
     tensors: every tensor read, q, k and v first.
-    dtype: of the output. compute: the dtype in which scores and weights are held (never narrower than what the user wrote).
+    dtype: of the output; scores and weights are held in one that is never narrower than what the user wrote.
     training: gradients are needed.
     """
 
@@ -104,7 +108,7 @@ class AttentionSpec:
     normaliser: Normaliser
     value: Expr
     dtype: str
-    weight: Expr = Weight()
+    weight: Expr = field(default_factory=Weight)
     dropout: float = 0.0
     transition: Transition | None = None
     training: bool = False
@@ -144,7 +148,7 @@ class AttentionSpec:
 
     @property
     def group(self) -> int | None:
-        """Query heads per key head, when q, k and v are read plainly: q[b,h,i,d], k[b,h//g,j,d], v[b,h//g,j,e]. None otherwise."""
+        """Query heads per key head where the reads are plain: q[b,h,i,d], k[b,h//g,j,d], v[b,h//g,j,e]; else None."""
         if not isinstance(self.value, Load) or not (isinstance(self.score, Op) and self.score.name == "mul"):
             return None
         q, k = self.score.args
@@ -182,10 +186,11 @@ class AttentionSpec:
         return affine_in_score(self.program)
 
     def canonical(self) -> AttentionSpec:
-        """The same spec with run-time sizes renamed s0, s1, ... in order of appearance, so that equal attention has one digest."""
-        renamed: dict[Expr, Expr] = {
-            op_size: _size(f"s{n}") for n, op_size in enumerate(_size(name) for name in self.symbols)
-        }
+        """The same spec with run-time sizes renamed s0, s1, ... in order of appearance.
+
+        So equal attention has one digest.
+        """
+        renamed: dict[Expr, Expr] = {Size(name): Size(f"s{n}") for n, name in enumerate(self.symbols)}
 
         def fresh(e: Expr) -> Expr:
             return substitute(e, renamed)
@@ -273,12 +278,6 @@ class AttentionSpec:
         )
 
 
-def _size(name: str) -> Expr:
-    from attncomp.expr import Size
-
-    return Size(name)
-
-
 def affine_in_score(e: Expr) -> tuple[Expr, Expr] | None:
     """(scale, bias) with ``e == S * scale + bias`` and neither containing S, or None."""
     if isinstance(e, Score):
@@ -322,7 +321,8 @@ def plain_spec(
 ) -> AttentionSpec:
     """The spec of ordinary attention on tensors (B, H, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, E), with static sizes.
 
-    `program` defaults to ``S * scale`` (1/sqrt(width)). Used by tests and benchmarks; the lifter builds the same object from graphs.
+    `program` defaults to ``S * scale`` (1/sqrt(width)). Used by tests and benchmarks; the lifter builds the same object
+    from graphs.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     value_width = width if value_width is None else value_width

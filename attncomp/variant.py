@@ -1,8 +1,8 @@
 """The seam between choosing and generating: what a variant (one way to compute an attention) offers.
 
-A variant looks at nothing but the spec, the proof and the device. `accept` returns an `Offer` or a `Rejection`; `build` is plain
-Python over torch tensors that the lowering traces into the user's graph, so a variant may call ATen operators or attncomp's own op.
-Variants that use attncomp's op also have `forward` and `backward`, which run inside it.
+A variant looks at nothing but the spec, the proof and the device. `accept` returns an `Offer` or a `Rejection`; `build`
+is plain Python over torch tensors that the lowering traces into the user's graph, so a variant may call ATen operators
+or attncomp's own op. Variants that use attncomp's op also have `forward` and `backward`, which run inside it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Rejection:
 class Request:
     """One site to be computed: the spec, what is known of its mask, where it runs, and likely sizes.
 
-    hints: a likely value for each axis size (for symbolic sizes, the value seen at compile time); for cost only, never for correctness.
+    hints: a likely value for each axis size (for symbolic sizes, the value seen at compile time); for cost only, never
+        for correctness.
     device: "cpu" or "cuda".
     symbol_hints: likely value of each run-time size symbol.
     """
@@ -55,7 +56,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A variant's answer: parameters (JSON values; part of the plan's digest) and the work it would do, for the cost model."""
+    """A variant's answer.
+
+    params: JSON values, part of the plan's digest. work: what it would do, for the cost model.
+    """
 
     params: Mapping[str, Any]
     work: Work
@@ -65,11 +69,20 @@ class Offer:
 class Variant(Protocol):
     """One way to compute an attention."""
 
-    name: str
-    family: Family
-    exactness: Exactness
-    summary: str
-    devices: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def exactness(self) -> Exactness: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
 
     def accept(self, request: Request) -> Offer | Rejection: ...
 
@@ -82,9 +95,10 @@ class Variant(Protocol):
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> torch.Tensor:
-        """Compute the output (B, H, Tq, E) from q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, E), any strides, differentiably.
+        """Compute the output (B, H, Tq, E) from q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, E).
 
-        `captured` are the spec's captured tensors in order; `sizes` the values of ``spec.symbols`` in order (may be SymInt while tracing).
+        Any strides; differentiable. `captured` are the spec's captured tensors in order; `sizes` the values of
+        ``spec.symbols`` in order (may be SymInt while tracing).
         """
         ...
 
@@ -102,8 +116,12 @@ class KernelVariant(Variant, Protocol):
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse): out (B, H, Tq, E) with memory order (B, Tq, H, E); lse (B, H, Tq) float32, natural log of the row's sum
-        of exponentials. For the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of shape (0,)."""
+        """(out, lse): the output, and what the backward pass needs of each row.
+
+        out is (B, H, Tq, E) with memory order (B, Tq, H, E). lse is (B, H, Tq) float32: the natural log of the row's
+        sum of exponentials; for the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of
+        shape (0,).
+        """
         ...
 
     def backward(
@@ -118,5 +136,8 @@ class KernelVariant(Variant, Protocol):
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> list[torch.Tensor]:
-        """[dq, dk, dv, then the gradient of each captured tensor whose `requires_grad` is set], contiguous, shapes as the inputs."""
+        """[dq, dk, dv, then the gradient of each captured tensor whose `requires_grad` is set].
+
+        Contiguous, with the shapes of the inputs.
+        """
         ...

@@ -1,4 +1,7 @@
-"""A fingerprint of the code that turns a plan into a kernel; part of every plan's digest, so that an edit never meets an old kernel."""
+"""A fingerprint of the code that turns a plan into a kernel.
+
+It is part of every plan's digest, so that an edit never meets an old kernel.
+"""
 
 from __future__ import annotations
 

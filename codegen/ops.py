@@ -1,8 +1,8 @@
 """The torch operators of attncomp: static, few, named once.
 
-``attncomp::attention`` takes tensors and the digest of a plan; which kernel runs is decided by the plan alone, so graph caches, which
-key on the operator and its arguments, key on everything that matters. A process that loads a compiled graph from torch's cache
-without having run our passes finds the plan in the kernel cache on disk.
+``attncomp::attention`` takes tensors and the digest of a plan; which kernel runs is decided by the plan alone, so graph
+caches, which key on the operator and its arguments, key on everything that matters. A process that loads a compiled
+graph from torch's cache without having run our passes finds the plan in the kernel cache on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
 from attncomp.plan import Plan
 from attncomp.variant import KernelVariant
@@ -36,8 +37,6 @@ def register_plan(plan: Plan) -> str:
     """Make `plan` runnable in this process and, through the cache, in later ones; returns its digest."""
     digest = plan.digest
     if digest not in _plans:
-        from attncomp.codegen.cache import default_cache
-
         with _lock:
             _plans[digest] = (plan, _variant(plan))
         default_cache().put_plan(digest, plan.to_json())
@@ -45,7 +44,7 @@ def register_plan(plan: Plan) -> str:
 
 
 def _variant(plan: Plan) -> KernelVariant:
-    from attncomp.codegen.variants import VARIANTS
+    from attncomp.codegen.variants import VARIANTS  # the variants call `attention`, below
 
     found = next((v for v in VARIANTS if v.name == plan.variant and isinstance(v, KernelVariant)), None)
     if found is None:
@@ -65,12 +64,11 @@ def resolve(digest: str) -> tuple[Plan, KernelVariant]:
     found = _plans.get(digest)
     if found is not None:
         return found
-    from attncomp.codegen.cache import default_cache
-
     data = default_cache().get_plan(digest)
     if data is None:
         raise CacheError(
-            f"a compiled graph asks for the attention plan {digest[:12]}, which is neither in this process nor in the cache directory",
+            f"a compiled graph asks for the attention plan {digest[:12]}, which is neither in this process "
+            "nor in the cache directory",
             fix="Compile again with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, or restore attncomp's cache directory",
         )
     plan = Plan.from_json(data)
@@ -135,7 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captured = ctx.saved_tensors
     plan, _ = resolve(ctx.digest)
-    no_sizes = None if ctx.sizes else []  # torch takes an empty list for a list of tensors, and wants a list back
+    # torch takes an empty list for a list of tensors, and wants a list back
+    no_sizes: list[None] | None = None if ctx.sizes else []
     if grad_out is None:
         return None, None, None, [None] * len(captured), no_sizes, None
     grads = torch.ops.attncomp.attention_backward(grad_out, out, lse, q, k, v, captured, ctx.sizes, ctx.digest)

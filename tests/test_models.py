@@ -1,4 +1,7 @@
-"""Small random-weight models of transformers, eager and sdpa: every site rewritten, the mask proven, the answers equal."""
+"""Small random-weight models of transformers, eager and sdpa.
+
+Every site is rewritten, the mask proven, the answers equal.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import attncomp
 
 transformers = pytest.importorskip("transformers")
 
@@ -200,18 +205,16 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _compiled(model: torch.nn.Module, **kwargs: Any) -> Any:
     torch._dynamo.reset()
-    options = {"policy": ALWAYS, "executor": "eager"}
+    options: dict[str, Any] = {"policy": ALWAYS, "executor": "eager"}
     return torch.compile(model, backend="attncomp", options=options, **kwargs)
 
 
 def _last_sites() -> tuple[Any, ...]:
-    import attncomp
-
     return tuple(s for s in attncomp.reports()[-1].sites)
 
 
 def _pairs(cases: Sequence[Case]) -> list[Any]:
-    """Every case with both attention implementations, where the library has both (Gemma 2 refuses sdpa for its softcap)."""
+    """Every case with both attention implementations, where the library has both: Gemma 2's softcap excludes sdpa."""
     return [
         pytest.param(c, attention, id=f"{c.name}-{attention}")
         for c in cases
@@ -236,6 +239,7 @@ def test_inference_and_training(case: Case, attention: str) -> None:
     total = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
     for name, parameter in model.named_parameters():
         if name in gradients:  # relative to the whole gradient where a parameter's own is rounding noise
+            assert parameter.grad is not None
             error = float((parameter.grad.double() - gradients[name].double()).norm())
             assert error < 1e-4 * max(float(gradients[name].double().norm()), 1e-3 * total), name
     model.eval()
@@ -249,8 +253,6 @@ def test_inference_and_training(case: Case, attention: str) -> None:
     ("case", "attention"), _pairs([c for c in CASES if c.name in ("llama", "gemma2", "bert", "t5")])
 )
 def test_one_dynamic_compile_serves_three_lengths(case: Case, attention: str) -> None:
-    import attncomp
-
     model = case.build(attention).eval()
     compiled = _compiled(model, dynamic=True)
     before = len(attncomp.reports())
