@@ -237,12 +237,36 @@ class Printer:
         if e.name == "pow":
             return self._power(e, args)
         if e.name == "to_float":
-            return f"tl.cast({bare[0]}, tl.float32)"
+            return self._float_of(e.args[0]) or f"tl.cast({bare[0]}, tl.float32)"
         if e.name == "to_int":
             return f"tl.cast({bare[0]}, tl.int32)"
         if e.name == "to_bool":
             return f"({args[0]} != 0)"
         raise UnprintableError(f"the operation {e.name}")
+
+    def _float_of(self, e: Expr) -> str | None:
+        """A float of an integer sum over rows and columns, as a sum of floats; None if there is nothing to gain.
+
+        ``float(j - i)`` for a whole tile costs a conversion for each pair; ``float(j) - float(i)`` one for each row and
+        column. Both are exact while every value is below 2**24.
+        """
+        if e.kind != "int":
+            return None
+        by_level: dict[int, dict[polynomial.Monomial, int]] = {}
+        for monomial, coefficient in polynomial.terms(e).items():
+            level = max((self._level(atom) for atom in monomial), default=0)
+            by_level.setdefault(level, {})[monomial] = coefficient
+        innermost = by_level.pop(len(self.levels) - 1, None)
+        rest = {m: c for terms in by_level.values() for m, c in terms.items()}
+        if innermost is None or not any(rest):  # no other terms, or a constant only
+            return None
+        inner, outer = polynomial.build(innermost), polynomial.build(rest)
+        for part in (inner, outer, e):
+            low, high = self._bounds(part)
+            if low is None or high is None or low <= -LONGEST or high >= LONGEST:
+                return None
+        texts = [self._argument(Op("to_float", (part,)), False, len(self.levels) - 1) for part in (inner, outer)]
+        return f"({texts[0]} + {texts[1]})"
 
     def _call(self, function: str, *args: str) -> str:
         self.functions.add(function)

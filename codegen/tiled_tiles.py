@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attncomp.codegen.tiled_source import width_parts
+from attncomp.codegen.tiled_source import exponent_of, width_parts
 from attncomp.cost import Work
-from attncomp.expr import Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
+from attncomp.expr import TRUE, ZERO, Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
 from attncomp.hardware import Hardware
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec, I
@@ -17,7 +17,9 @@ _ITEM = {**_BYTES, "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4}
 # (greatest width, BLOCK_M, BLOCK_N, warps, stages), the first row that is wide enough.
 _Rows = tuple[tuple[int, int, int, int, int], ...]
 _FORWARD: dict[str, _Rows] = {
-    "hopper": ((64, 64, 128, 4, 2), (128, 128, 128, 8, 3), (256, 128, 32, 8, 2)),
+    "hopper": ((64, 64, 128, 4, 2), (128, 64, 64, 4, 3), (256, 128, 32, 8, 2)),
+    "hopper, causal": ((64, 64, 128, 4, 2), (128, 128, 128, 8, 3), (256, 128, 32, 8, 2)),
+    "hopper, dense reads": ((128, 128, 64, 8, 3), (256, 128, 32, 8, 2)),
     "ampere": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (192, 128, 32, 8, 2), (256, 64, 32, 4, 2)),
     "float32": ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 16, 32, 4, 2)),
 }
@@ -44,28 +46,40 @@ def tile_family(spec: AttentionSpec, hardware: Hardware) -> str:
 
 
 def has_descriptors(spec: AttentionSpec, hardware: Hardware) -> bool:
-    """Whether tiles may be fetched by the hardware's bulk copies: Hopper, 16-bit, widths that are one whole tile."""
-    widths = [width_parts(int(size.value)) for size in spec.sizes[4:] if isinstance(size, Const)]
-    return tile_family(spec, hardware) == "hopper" and all(len(w) == 1 and not w[0].tail for w in widths)
+    """Whether tiles may be fetched by the hardware's bulk copies: Hopper, 16-bit, widths of whole tiles."""
+    parts = [p for size in spec.sizes[4:] if isinstance(size, Const) for p in width_parts(int(size.value))]
+    # Boxes whose rows are swizzled differently (less than 128 bytes beside 128) made Triton 3.6 read out of bounds.
+    alike = len({min(p.width, 64) for p in parts}) == 1
+    return tile_family(spec, hardware) == "hopper" and alike and not any(p.tail for p in parts)
 
 
-def tile_parameters(spec: AttentionSpec, hardware: Hardware) -> dict[str, Tile]:
+def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> dict[str, Tile]:
     """Block sizes, warps and pipeline stages of each kernel, made to fit the device's shared memory."""
     d, e = (int(size.value) for size in (spec.size("d"), spec.size("e")) if isinstance(size, Const))
     family = tile_family(spec, hardware)
     item = _BYTES[spec.dtype]
     limit = hardware.shared_memory or 99 * 1024
     tables = {"forward": _FORWARD, "keys": _KEYS, "queries": _QUERIES}
+    reads = _element_loads(spec, proof)
     chosen: dict[str, Tile] = {}
     for kernel in tables if spec.training else ("forward",):
-        _, block_m, block_n, warps, stages = next(row for row in tables[kernel][family] if max(d, e) <= row[0])
+        rows = tables[kernel].get(_shape(spec, proof, family), tables[kernel][family])
+        _, block_m, block_n, warps, stages = next(row for row in rows if max(d, e) <= row[0])
         tile = {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
-        chosen[kernel] = _fitted(kernel, _shrunk(spec, tile), d, e, item, limit)
+        chosen[kernel] = _fitted(kernel, _shrunk(spec, tile), d, e, item, limit, reads)
     if spec.training:
         chosen["prepare"] = chosen["queries"]
         pairs = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1} if family == "float32" else _PAIRS
-        chosen["pairs"] = _fitted("queries", _shrunk(spec, pairs), d, e, item, limit)
+        chosen["pairs"] = _fitted("queries", _shrunk(spec, pairs), d, e, item, limit, reads)
     return chosen
+
+
+def _shape(spec: AttentionSpec, proof: MaskProof, family: str) -> str:
+    """The row of the tables for a program and a mask of this kind, where there is one."""
+    if _element_loads(spec, proof) > 0:
+        return f"{family}, dense reads"
+    grows = proof.key_lo == ZERO and proof.key_hi != spec.size("j") and proof.residual == TRUE
+    return f"{family}, causal" if grows and exponent_of(spec).scale is not None else family
 
 
 def _shrunk(spec: AttentionSpec, tile: Tile) -> Tile:
@@ -77,8 +91,8 @@ def _shrunk(spec: AttentionSpec, tile: Tile) -> Tile:
     return tile
 
 
-def _fitted(kernel: str, tile: Tile, d: int, e: int, item: int, limit: int) -> Tile:
-    while shared_bytes(kernel, tile, d, e, item) > limit:
+def _fitted(kernel: str, tile: Tile, d: int, e: int, item: int, limit: int, reads: float) -> Tile:
+    while shared_bytes(kernel, tile, d, e, item, reads) > limit:
         step = "block_n" if kernel != "keys" else "block_m"
         if tile["num_stages"] > 1:
             tile = {**tile, "num_stages": tile["num_stages"] - 1}
@@ -89,14 +103,17 @@ def _fitted(kernel: str, tile: Tile, d: int, e: int, item: int, limit: int) -> T
     return tile
 
 
-def shared_bytes(kernel: str, tile: Tile, d: int, e: int, item: int) -> int:
-    """Estimate of a kernel's shared memory: what it owns, what a pipeline stage brings, and the weights in between."""
+def shared_bytes(kernel: str, tile: Tile, d: int, e: int, item: int, reads: float = 0.0) -> float:
+    """Estimate of a kernel's shared memory: what it owns, what a pipeline stage brings, and the weights in between.
+
+    reads: bytes of captured tensors that are read for each pair.
+    """
     width = d + e
     m, n, stages = tile["block_m"], tile["block_n"], tile["num_stages"]
     if kernel == "forward":
-        return item * (m * d + stages * n * width)
+        return item * (m * d + stages * n * width) + stages * m * n * reads
     owned, step = (n, m) if kernel == "keys" else (m, n)
-    return item * (owned * width + stages * step * width + m * n)
+    return item * (owned * width + stages * step * width + m * n) + stages * m * n * reads
 
 
 def visited_pairs(proof: MaskProof, request: Request, tile: Tile) -> float:

@@ -54,7 +54,7 @@ class Tiled:
         if rejection is not None:
             return rejection
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        tiles = tile_parameters(request.spec, request.hardware)
+        tiles = tile_parameters(request.spec, request.proof, request.hardware)
         params: dict[str, Any] = {
             **tiles,
             "precision": precision if request.spec.dtype == "float32" else "ieee",

@@ -201,6 +201,14 @@ def test_offsets_of_gradients() -> None:
     assert printer(e).offset(Load("c3", ()), lambda dim: f"g{dim}") == "0"
 
 
+def test_a_distance_is_converted_by_rows_and_columns() -> None:
+    e = mul(to_float(sub(J, I)), Const(0.5))
+    out = printer(e)
+    assert out.value(e) == "(tl.cast(j, tl.float32) + t0) * 0.5"
+    assert out.lines(0) == ["t0 = tl.cast(i * (-1), tl.float32)"]
+    assert text(to_float(sub(J, ONE))) == "tl.cast(j - 1, tl.float32)"
+
+
 def test_run_time_sizes_are_arguments() -> None:
     n = Size("s5")
     spec = plain_spec(batch=2, heads=4, query=8, key=8, width=8, program=mul(Score(), op("rsqrt", to_float(n))))

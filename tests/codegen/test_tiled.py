@@ -202,7 +202,7 @@ def test_the_largest_bias_stays_finite() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_tiles_fit_the_device(hardware: Any, dtype: str, width: int) -> None:
     spec = plain_spec(batch=1, heads=1, query=4096, key=4096, width=width, dtype=dtype, training=True)
-    tiles = tile_parameters(spec, hardware)
+    tiles = tile_parameters(spec, MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i")), hardware)
     assert set(tiles) == {"forward", "keys", "queries", "prepare", "pairs"}
     item = 4 if dtype == "float32" else 2
     for kernel in ("forward", "keys", "queries"):
