@@ -145,9 +145,9 @@ _SPECIAL = {"exp": 1, "exp2": 1, "log": 1, "log2": 1, "sqrt": 1, "rsqrt": 1, "re
 _SPECIAL |= {"tanh": 2, "sigmoid": 2, "sin": 2, "cos": 2, "erf": 2, "pow": 2}
 
 _KERNEL_EFFICIENCY = {"hopper": 0.52, "hopper, narrow": 0.44, "ampere": 0.55, "float32": 0.3}
-"""Fraction of the peak rate that the kernels' contractions reach. Hopper: measured on an H100 (torch 2.11, Triton 3.6, bf16,
-16 heads of 16k tokens): 525 to 539 TFLOP/s forward at width 128, 433 to 460 at 64; the backward's seven products reach the
-same. The others are prior estimates, to be calibrated."""
+"""Fraction of the peak rate that the kernels' contractions reach. Hopper: measured on an H100 (torch 2.11, Triton 3.6,
+bf16, 16 heads of 16k tokens): forward 525 to 539 TFLOP/s at width 128 and 433 to 460 at 64; the seven products
+of the backward 496 and 465. The others are prior estimates, to be calibrated."""
 
 
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
