@@ -90,9 +90,8 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
     tensor = grid.tensors[e.tensor]
     names = [a.name if isinstance(a, Axis) else None for a in e.index]
     used = [n for n in names if n is not None]
-    if len(set(used)) == len(used) and all(
-        n is not None or isinstance(a, Const) for n, a in zip(names, e.index, strict=True)
-    ):
+    fits = (_plain(a, n, size, grid) for a, n, size in zip(e.index, names, tensor.shape, strict=True))
+    if len(set(used)) == len(used) and all(fits):
         view = tensor
         for dim in reversed(range(len(names))):  # pure axes and constants: a view, no gather
             a, name = e.index[dim], names[dim]
@@ -111,6 +110,14 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
         index = [_clamped(visit(a), size, grid) for a, size in zip(e.index, tensor.shape, strict=True)]
         view = tensor[tuple(index)]
     return view.to(grid.dtype) if e.kind == "float" and view.dtype != grid.dtype else view
+
+
+def _plain(index: Expr, axis: str | None, size: int, grid: Grid) -> bool:
+    """A constant, or an axis whose whole range lies in a dimension of `size` (it may not, under a branch not taken)."""
+    if axis is None:
+        return isinstance(index, Const)
+    stop = grid.axes[axis][1]
+    return not (isinstance(stop, int) and isinstance(size, int)) or stop <= size
 
 
 def _same(a: Any, b: Any) -> bool:
