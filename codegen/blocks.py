@@ -87,7 +87,9 @@ def key_range(proof: MaskProof, symbols: Mapping[str, int], key_length: int, fir
     return max(0, min(lo, key_length)), max(0, min(hi, key_length))
 
 
-MIN_ROWS, MAX_ROWS = 32, 256
+MIN_ROWS = 32
+MAX_SHARE = 4096
+"""No more rows than `elements` over this: 256 of 2^20."""
 
 
 def block_rows(proof: MaskProof, symbols: Mapping[str, int], size: Mapping[str, int], group: int, elements: int) -> int:
@@ -102,7 +104,7 @@ def block_rows(proof: MaskProof, symbols: Mapping[str, int], size: Mapping[str, 
     start, stop = key_range(proof, symbols, keys, middle, middle)
     wanted = max(math.isqrt(elements // (8 * max(1, size["b"] * size["h"]))), (stop - start) // 8)
     rows = MIN_ROWS
-    while rows < MAX_ROWS and rows * 2 <= wanted:
+    while rows < elements // MAX_SHARE and rows * 2 <= wanted:
         rows *= 2
     while rows > MIN_ROWS and rows * group * min(keys, stop - start + rows) > elements:
         rows //= 2

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from attncomp.codegen.block_operands import Operands
+from attncomp.codegen.block_weights import weights
+from attncomp.codegen.blocks import Box, Site
 from attncomp.codegen.variants.blocked import BLOCKED
 from attncomp.expr import (
     ONE,
@@ -384,3 +387,15 @@ def test_blocked_runs_inside_the_operator() -> None:
     assert isinstance(BLOCKED, KernelVariant)
     assert BLOCKED.family == "tiled"
     assert isinstance(BLOCKED.accept(request(replace(PLAIN, training=False), proof(PLAIN))), Offer)
+
+
+def test_a_falling_bias_leaves_no_subnormal_weights() -> None:
+    """Processors multiply those some ten times slower; beside a weight of 1 they are nothing."""
+    spec = spec_of(CAUSAL, program=add(SCALED, mul(DISTANCE, Const(4.0))), dtype="float32", training=False)
+    tensors = made(spec)
+    site = Site.of(plan_of(spec, proof(spec, hi=NEXT)), tensors[0], tensors[1], tensors[2], (), ())
+    box = Box((0, 2), (0, 4), (0, N), (0, N), (0, 1))
+    weight = weights(site, Operands(site), box).weight
+    tiny = torch.finfo(torch.float32).tiny
+    assert bool((weight > 0.5).any())
+    assert not bool(((weight > 0) & (weight < tiny)).any())
