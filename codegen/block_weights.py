@@ -89,8 +89,8 @@ def weights(site: Site, reader: Operands, box: Box) -> Weights:
 def _exponentials(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """exp(x), in place, for x at most 0; what is less than a thousand times the smallest normal number becomes 0.
 
-    A bias that falls with distance makes many subnormal weights, which processors multiply some ten times slower and which
-    do not count beside the row's largest weight, 1.
+    A bias that falls with distance makes many subnormal weights, with which processors multiply several times slower and
+    which do not count beside the row's largest weight, 1.
     """
     affine = spec.affine()
     if affine is not None and affine[1] == Const(0.0):
@@ -101,7 +101,7 @@ def _exponentials(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
 
 
 def hidden_pairs(site: Site, box: Box, grid: Grid) -> Hidden:
-    """The pairs of the block outside the mask. Keys in range for all rows are passed over if nothing hides them."""
+    """The pairs of the block outside the mask. Keys that all rows have in range are passed over."""
     spec, proof = site.plan.spec, site.plan.proof
     if not restricted(spec):
         return Hidden(()) if spec.mask == TRUE else _all_but(evaluate_tensor(spec.mask, grid))

@@ -26,7 +26,7 @@ from attncomp.variant import Exactness, Family, Offer, Rejection, Request
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Scores of one block: the fastest of 2^18, 2^20, 2^22 on 4 CPU cores; on an H100 2^26 is faster still, but 256 MiB."""
+"""Scores of one block: the fastest of 2^18, 2^20, 2^22 on 4 CPU cores; on an H100 2^26 is faster, but 256 MiB."""
 
 # Measured with torch 2.11 in float32 on 4 cores of a Xeon (602 GFLOP/s, 17e9 exponentials/s) and on the H100 beside it.
 PRODUCT_SHARE = 0.64
@@ -37,7 +37,7 @@ FORWARD_PASSES, BACKWARD_PASSES, OPERATION_PASSES = 22.0, 68.0, 8.0
 """What a score costs on the CPU beside its products, in exponentials: 1.3 ns and 4 ns; and each operation of a program
 more (7 for those of a softcap; 9.5 for those of ALiBi slopes, on one core of another Xeon)."""
 GPU_PASS_BYTES = 1.0
-"""What these passes cost on the GPU, in bytes a score for each: 4 heads of 8192 tokens within a fifth of 10 and 18 ms."""
+"""What these passes cost on the GPU, in bytes a score: 4 heads of 8192 tokens within a quarter of 10 and 18 ms."""
 
 
 class Blocked:
@@ -253,7 +253,7 @@ def missing_derivative(spec: AttentionSpec) -> Expr | None:
 
 
 def coverage(request: Request) -> tuple[int, float]:
-    """(blocks, pairs (i, j) that they compute for one head), for the likely sizes; pairs from about 64 of the blocks."""
+    """(blocks, pairs (i, j) that they compute for one head), for the likely sizes; from about 64 of the blocks."""
     spec, proof, n = request.spec, request.proof, request.hints
     elements, group = ELEMENTS[request.device], spec.group or 1
     symbols = {**dict.fromkeys(spec.symbols, 0), **request.symbol_hints}

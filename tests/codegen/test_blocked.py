@@ -390,7 +390,7 @@ def test_blocked_runs_inside_the_operator() -> None:
 
 
 def test_a_falling_bias_leaves_no_subnormal_weights() -> None:
-    """Processors multiply those some ten times slower; beside a weight of 1 they are nothing."""
+    """Processors multiply those several times slower; beside a weight of 1 they are nothing."""
     spec = spec_of(CAUSAL, program=add(SCALED, mul(DISTANCE, Const(4.0))), dtype="float32", training=False)
     tensors = made(spec)
     site = Site.of(plan_of(spec, proof(spec, hi=NEXT)), tensors[0], tensors[1], tensors[2], (), ())
