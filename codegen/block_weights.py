@@ -89,7 +89,7 @@ def weights(site: Site, reader: Operands, box: Box) -> Weights:
 def _exponentials(x: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """exp(x), in place, for x at most 0; what is less than a thousand times the smallest normal number becomes 0.
 
-    A bias that falls with distance makes many subnormal weights, with which processors multiply several times slower and
+    A bias that falls with distance makes many subnormal weights, with which processors multiply much slower and
     which do not count beside the row's largest weight, 1.
     """
     affine = spec.affine()
