@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attncomp.expr import Const, Expr, Op, add, mul, op, sub, where
+from attncomp.expr import Const, Expr, Op, Sum, add, mul, op, sub, walk, where
 
 ZERO_F = Const(0.0)
 ONE_F = Const(1.0)
@@ -32,6 +32,8 @@ def derivative(e: Expr, leaf: Expr) -> Expr | None:
 def _rule(e: Expr, leaf: Expr, visit: Callable[[Expr], Expr | None]) -> Expr | None:
     if e == leaf:
         return ONE_F
+    if isinstance(e, Sum):
+        return None if leaf in walk(e.body) else ZERO_F
     if e.kind != "float" or not isinstance(e, Op):
         return ZERO_F  # integers and predicates do not move with a float leaf
     name, args = e.name, e.args

@@ -60,7 +60,7 @@ def _normalise(spec: AttentionSpec, values: torch.Tensor, mask: torch.Tensor, bo
             sink = evaluate_tensor(normaliser.sink, box).expand(*values.shape[:-1], 1)
             return torch.cat([allowed, sink], -1).softmax(-1)[..., :-1]
         if normaliser.empty != "nan":
-            empty = ~mask.any(-1, keepdim=True)
+            empty = (allowed == float("-inf")).all(-1, keepdim=True)
             return allowed.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
         return allowed.softmax(-1)
     weight = values.masked_fill(~mask, 0.0)
