@@ -14,6 +14,8 @@ import torch
 from attncomp.expr import Axis, Const, Expr, Load, Op, Score, Size, Sum, Weight
 
 Value: TypeAlias = "torch.Tensor | bool | int | float"
+Length: TypeAlias = "int | torch.SymInt"
+"""A size while tracing; torch's annotations call it int."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,15 @@ def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:
     return view.to(grid.dtype) if e.kind == "float" and view.dtype != grid.dtype else view
 
 
-def _plain(index: Expr, axis: str | None, size: int, grid: Grid) -> bool:
+def _plain(index: Expr, axis: str | None, size: Length, grid: Grid) -> bool:
     """A constant, or an axis whose whole range lies in a dimension of `size` (it may not, under a branch not taken)."""
     if axis is None:
         return isinstance(index, Const)
-    stop = grid.axes[axis][1]
+    stop: Any = grid.axes[axis][1]
     return not (isinstance(stop, int) and isinstance(size, int)) or stop <= size
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Length, b: Length) -> bool:
     return (isinstance(a, int) and isinstance(b, int) and a == b) or a is b
 
 

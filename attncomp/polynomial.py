@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeAlias
 
-from attncomp.expr import OPS, Axis, Const, Expr, Op, Size
+from attncomp.expr_nodes import Axis, Const, Expr, Op, Size
+from attncomp.expr_operations import OPS
 
 Monomial: TypeAlias = tuple[Expr, ...]
 Terms: TypeAlias = Mapping[Monomial, int]

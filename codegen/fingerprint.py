@@ -9,7 +9,19 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-_VOCABULARY = ("expr", "polynomial", "spec", "proof", "plan", "evaluate", "derivative")
+_VOCABULARY = (
+    "expr_json",
+    "expr_nodes",
+    "expr_operations",
+    "expr_simplify",
+    "expr_trees",
+    "polynomial",
+    "spec",
+    "proof",
+    "plan",
+    "evaluate",
+    "derivative",
+)
 
 
 @lru_cache(maxsize=1)
