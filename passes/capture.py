@@ -1,8 +1,8 @@
 """Capture: a Dynamo graph as functional, pre-dispatch ATen, with mutations written back and autograd intact.
 
-Pre-dispatch means one spelling for every operation (``matmul``, ``softmax.int``, ``scaled_dot_product_attention`` stay whole), before
-autograd and decompositions. Functional means that a value never changes after it is made; what the user's code mutates comes out as
-extra values, which are copied back into the inputs at the end.
+Pre-dispatch means one spelling for every operation (``matmul``, ``softmax.int``, ``scaled_dot_product_attention`` stay
+whole), before autograd and decompositions. Functional means that a value never changes after it is made; what the
+user's code mutates comes out as extra values, which are copied back into the inputs at the end.
 """
 
 from __future__ import annotations
@@ -20,13 +20,34 @@ from attncomp.passes.indexing import name_of, value_of
 from attncomp.variant import Rejection
 
 _VIEW_NAMES = frozenset(
-    "alias view _unsafe_view reshape transpose t mT permute unsqueeze squeeze expand slice select narrow detach unflatten flatten".split()
+    {
+        "alias",
+        "detach",
+        "expand",
+        "flatten",
+        "mT",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "squeeze",
+        "t",
+        "transpose",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "_unsafe_view",
+    }
 )
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A functional graph that takes `lifted` tensors (parameters and buffers that the Dynamo graph held) before the user's inputs."""
+    """A functional graph that takes `lifted` tensors before the user's inputs.
+
+    `lifted` are the parameters and buffers that the Dynamo graph held.
+    """
 
     graph: GraphModule
     lifted: tuple[torch.Tensor, ...]
@@ -39,10 +60,12 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         return reason
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     try:
-        graph, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
+        exported, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
-    named = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
+    assert isinstance(exported, GraphModule)
+    graph = exported
+    named: dict[str, torch.Tensor] = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
         dynamo_graph.named_buffers(remove_duplicate=False)
     )
     lifted = tuple(named[name] for name in (*signature.parameters, *signature.buffers))
@@ -51,7 +74,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         return Rejection(
             "capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones"
         )
-    targets = dict(signature.user_inputs_to_mutate)
+    targets = {str(value): str(place) for value, place in signature.user_inputs_to_mutate.items()}
     buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
     targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
@@ -90,7 +113,10 @@ def _unsupported(graph: GraphModule) -> Rejection | None:
 
 
 def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None:
-    """Replace the leading extra outputs by copies into the inputs; outputs that were views of a mutated input view it again."""
+    """Replace the leading extra outputs by copies into the inputs.
+
+    Outputs that were views of a mutated input view it again.
+    """
     output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
     results = list(output.args[0])
     extra, results = results[: len(targets)], results[len(targets) :]
@@ -115,6 +141,7 @@ def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None
             base = again(node.args[0])
             if base is None:
                 return None
+            assert callable(node.target)
             new = graph.graph.call_function(node.target, (base, *node.args[1:]), dict(node.kwargs))
             new.meta = dict(node.meta)
             fresh[node] = new
@@ -126,7 +153,10 @@ def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None
 
 
 def _read_from_copies(graph: GraphModule, names: set[str]) -> None:
-    """Let the graph read copies of the inputs that it mutates: what autograd saves must not change before the backward pass."""
+    """Let the graph read copies of the inputs that it mutates.
+
+    What autograd saves must not change before the backward pass.
+    """
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     for place in [n for n in graph.graph.nodes if n.op == "placeholder" and n.name in names and n.users]:
         with graph.graph.inserting_after(last):

@@ -1,4 +1,7 @@
-"""Choosing: policy filters, every variant offers or rejects, the cost model ranks, and a rewrite is kept only where it wins."""
+"""Choosing: policy filters, every variant offers or rejects, the cost model ranks.
+
+A rewrite is kept only where it wins.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _ORDER = ("exact", "bounded", "approximate")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The outcome for one site. variant and plan are None where the site is kept as written; `reason` says why in one sentence."""
+    """The outcome for one site.
+
+    variant and plan are None where the site is kept as written; `reason` says why in one sentence.
+    """
 
     variant: Variant | None
     plan: Plan | None
@@ -36,7 +42,8 @@ def choose(
 ) -> Choice:
     """Pick the cheapest admissible variant.
 
-    kept_ms: predicted time of what the user wrote. fingerprints: variant name → hash of the sources that make its kernel.
+    kept_ms: predicted time of what the user wrote. fingerprints: variant name → hash of the sources that make its
+        kernel.
     """
     hardware: Hardware = request.hardware
     candidates: list[Candidate] = []

@@ -13,7 +13,7 @@ from attncomp.passes.indexing import Index, name_of, value_of
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """``out[index] = sum_k left[left_index] * right[right_index]``, for given axes in place of the output index and k."""
+    """``out[index] = sum_k left[left_index] * right[right_index]``, with given axes as the output index and k."""
 
     node: Node
     left: Node

@@ -46,7 +46,7 @@ from attncomp.expr import (
     substitute,
     where,
 )
-from attncomp.passes.symbols import NotAnInteger, from_symint
+from attncomp.passes.symbols import NotAnIntegerError, from_symint
 
 Index = tuple[Expr, ...]
 _SMALL_CONSTANT = 64
@@ -128,10 +128,10 @@ class Reader:
         """The element as a load of the node itself."""
         value = value_of(node)
         if not isinstance(value, torch.Tensor) or len(index) != value.dim():
-            raise NotAnInteger(f"{node} has no readable tensor value")
+            raise NotAnIntegerError(f"{node} has no readable tensor value")
         kind = kind_of(value.dtype)
         if kind is None:
-            raise NotAnInteger(f"{node} holds {value.dtype}")
+            raise NotAnIntegerError(f"{node} holds {value.dtype}")
         self.nodes[node.name] = node
         one = (1,)
         return Load(node.name, tuple(ZERO if (s,) == one else a for s, a in zip(value.shape, index, strict=True)), kind)
@@ -154,7 +154,7 @@ class Reader:
                 return self.at(source, inner)
             rule = _RULES.get(name_of(node))
             result = None if rule is None else rule(self, node, index)
-        except NotAnInteger:
+        except NotAnIntegerError:
             result = None
         if result is None or result.kind != kind_of(value.dtype):
             return self.load(node, index)
@@ -192,7 +192,7 @@ class Reader:
                 return self.at(x, ())
             if isinstance(value, torch.SymFloat | torch.SymBool) and name_of(x) in ("item", "_local_scalar_dense"):
                 return self.at(x.args[0], tuple(ZERO for _ in value_of(x.args[0]).shape))  # type: ignore[arg-type, union-attr]
-        raise NotAnInteger(f"{x!r} is no number")
+        raise NotAnIntegerError(f"{x!r} is no number")
 
     def operand(self, x: Any, index: Index) -> Expr:
         """An operand of a pointwise operator, broadcast to `index`."""
@@ -225,7 +225,7 @@ class Reader:
             return None
         try:
             return rule(self, node, index)
-        except NotAnInteger:
+        except NotAnIntegerError:
             return None
 
 

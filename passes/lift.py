@@ -37,15 +37,42 @@ from attncomp.passes.indexing import Index, Reader, argument, name_of, shape_of,
 from attncomp.passes.mask import may_be_minus_infinity, row_normaliser, split_mask, split_zeros
 from attncomp.passes.operands import Axes, assemble, split_merged
 from attncomp.passes.site import Missed, Site, location_of, module_of
-from attncomp.passes.symbols import NotAnInteger, from_symint
+from attncomp.passes.symbols import NotAnIntegerError, from_symint
 from attncomp.spec import D, J, Normaliser, affine_in_score
 from attncomp.variant import Rejection
 
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 
 _BETWEEN = frozenset(
-    "clone contiguous alias _to_copy to type_as transpose t mT permute unsqueeze squeeze expand view _unsafe_view reshape flatten unflatten"
-    " dropout mul div where masked_fill add sub neg detach".split()
+    [
+        "clone",
+        "contiguous",
+        "alias",
+        "_to_copy",
+        "to",
+        "type_as",
+        "transpose",
+        "t",
+        "mT",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "dropout",
+        "mul",
+        "div",
+        "where",
+        "masked_fill",
+        "add",
+        "sub",
+        "neg",
+        "detach",
+    ]
 )
 """What may stand between a softmax and its second contraction; the meaning is read from the nodes, this only bounds the search."""
 
@@ -80,7 +107,7 @@ Attempt = Iterator["Site | Rejection | None"]
 def _guarded(kind: str, anchor: Node, attempt: Attempt) -> Site | Missed | None:
     try:
         result = next(attempt)
-    except NotAnInteger as reason:
+    except NotAnIntegerError as reason:
         result = Rejection("unreadable", f"a size or value has no index expression: {reason}")
     if isinstance(result, Rejection):
         return Missed(kind, anchor, result, module_of(anchor), location_of(anchor))

@@ -1,4 +1,7 @@
-"""Lowering: one site's nodes are replaced by what its variant builds, traced into the graph under the graph's own fake tensors."""
+"""Lowering: one site's nodes are replaced by what its variant builds.
+
+It is traced into the graph under the graph's own fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attncomp.expr import ONE, Const
 from attncomp.passes.indexing import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
-from attncomp.passes.symbols import NotAnInteger, from_symint
+from attncomp.passes.symbols import NotAnIntegerError, from_symint
 from attncomp.plan import Plan
 from attncomp.variant import Rejection, Variant
 
@@ -21,7 +24,8 @@ from attncomp.variant import Rejection, Variant
 def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node | Rejection:
     """Insert the variant's computation before the site's output, and let it take the output's place.
 
-    The old nodes are left for dead-code elimination, so that a failing verification can undo the change. Returns the new node.
+    The old nodes are left for dead-code elimination, so that a failing verification can undo the change. Returns the
+    new node.
     """
     symbols = _symbol_nodes(graph, site, plan)
     if isinstance(symbols, Rejection):
@@ -76,7 +80,7 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
 
 
 def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Rejection:
-    """A graph node for each run-time size that the plan's expressions use (named before the plan was made canonical)."""
+    """A graph node for each run-time size that the plan's expressions use, named as before the plan was canonical."""
     wanted = list(site.spec.symbols)
     found: dict[str, Node] = {}
     for node in graph.graph.nodes:
@@ -86,7 +90,7 @@ def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Re
         if isinstance(value, torch.SymInt):
             try:
                 name = str(from_symint(value))
-            except NotAnInteger:
+            except NotAnIntegerError:
                 continue
             if name in wanted:
                 found.setdefault(name, node)
@@ -107,7 +111,8 @@ def _from_shape(graph: GraphModule, site: Site, name: str) -> Node | None:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             continue
-        for dim, size in enumerate(value.shape):
+        shape: Sequence[Any] = value.shape
+        for dim, size in enumerate(shape):
             if isinstance(size, torch.SymInt) and str(size) == name:
                 with graph.graph.inserting_after(node):
                     new = graph.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
@@ -124,20 +129,16 @@ def _arranged(t: torch.Tensor, dims: Sequence[int | None]) -> torch.Tensor:
             t = t.select(d, 0)
     kept = sorted(used)
     t = t.permute([kept.index(d) for d in used])
-    for position, d in enumerate(dims):
-        if d is None:
+    for position, dim in enumerate(dims):
+        if dim is None:
             t = t.unsqueeze(position)
     return t
 
 
-def _lengths(layout: Layout, q: torch.Tensor) -> list[Any]:
-    """The run-time size of every batch axis, read off a tensor that has it."""
-    return [int(s.value) if isinstance(s, Const) else None for s in layout.sizes]
-
-
-def _batch_sizes(site: Site, tensors: dict[str, torch.Tensor]) -> list[Any]:
-    sizes = _lengths(site.layout, tensors["q"])
-    for operand, t in ((site.q, tensors["q"]), (site.k, tensors["k"]), (site.v, tensors["v"])):
+def _batch_sizes(site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+    """The size of every batch axis, a run-time one read off a tensor that has it."""
+    sizes: list[Any] = [int(s.value) if isinstance(s, Const) else None for s in site.layout.sizes]
+    for operand, t in ((site.q, q), (site.k, k), (site.v, v)):
         for n in range(len(sizes)):
             d = operand.dims[n]
             if sizes[n] is None and d is not None:
@@ -154,7 +155,10 @@ def _query(q: torch.Tensor, site: Site) -> torch.Tensor:
 
 
 def _keyed(x: torch.Tensor, site: Site, operand: Operand) -> torch.Tensor:
-    """Keys and values as (B, Hk, T, width): batch axes expanded, head axes as they are unless the spec has all heads."""
+    """Keys and values as (B, Hk, T, width).
+
+    Batch axes are expanded, head axes stay as they are unless the spec has all heads.
+    """
     t = _arranged(x, operand.dims)
     layout = site.layout
     n = len(layout.sizes)
@@ -190,7 +194,7 @@ def _restore(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     layout = site.layout
     n = len(layout.sizes)
     if not (n == 2 and layout.outer == 1):
-        sizes = _batch_sizes(site, {"q": q, "k": k, "v": v})
+        sizes = _batch_sizes(site, q, k, v)
         out = out.reshape(*sizes, out.shape[2], out.shape[3])
     flat = [a for group in layout.order for a in group]
     missing = [a for a in range(n + 2) if a not in flat]
@@ -235,7 +239,10 @@ _ANY_STRIDES = frozenset(
 
 
 def _strided_users(node: Node) -> list[Node] | None:
-    """The views and contiguous copies below `node` up to operations that take any strides; None if something else follows."""
+    """The views and contiguous copies below `node` up to operations that take any strides.
+
+    None if something else follows.
+    """
     chain: list[Node] = []
     queue = [node]
     while queue:

@@ -1,21 +1,28 @@
-"""Splitting a score program into values and a mask: ``softmax(where(M, x, -inf))`` says M, in whichever way it is written."""
+"""Splitting a score program into values and a mask.
+
+``softmax(where(M, x, -inf))`` says M, in whichever way it is written.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Sum, add, and_, contains, not_, op, walk
+from attncomp.expr import TRUE, Axis, Const, Expr, Load, Op, Score, Sum, add, and_, contains, not_, op, substitute, walk
 
 NEGLIGIBLE = -1e9
-"""A float32 score at or below this is a masked one: no score of a real model comes near it, and exp of the difference is zero."""
+"""A float32 score at or below this is a masked one: no score of a real model comes near it, and exp of the difference
+is zero."""
 
 _HALF_MINIMUM = -65504.0
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """A program as values under a mask. finite: some masked value is finite (finfo.min), so a fully masked row is uniform, not NaN."""
+    """A program as values under a mask.
+
+    finite: some masked value is finite (finfo.min), so a fully masked row is uniform, not NaN.
+    """
 
     program: Expr
     mask: Expr
@@ -84,14 +91,14 @@ def _addends(e: Expr) -> list[Expr]:
 
 def row_normaliser(weight: Expr, sum_axis: str = "j") -> tuple[Expr, float] | None:
     """If `weight` is ``x / (sum_j x + eps)``: (x, eps); else None."""
-    from attncomp.expr import Axis, substitute
-
     if not (isinstance(weight, Op) and weight.name == "div"):
         return None
     numerator, denominator = weight.args
     eps = 0.0
-    if isinstance(denominator, Op) and denominator.name == "add" and isinstance(denominator.args[1], Const):
-        denominator, eps = denominator.args[0], float(denominator.args[1].value)
+    if isinstance(denominator, Op) and denominator.name == "add":
+        total, added = denominator.args
+        if isinstance(added, Const):
+            denominator, eps = total, float(added.value)
     if not isinstance(denominator, Sum):
         return None
     body = substitute(denominator.body, {Axis(denominator.axis): Axis(sum_axis)})

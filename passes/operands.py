@@ -34,9 +34,9 @@ from attncomp.passes.indexing import Index, Reader, divide, name_of, remainder, 
 from attncomp.passes.mask import Masked, split_zeros
 from attncomp.passes.prove import prove
 from attncomp.passes.site import Layout, Operand, Site, location_of, module_of
-from attncomp.passes.symbols import NotAnInteger
+from attncomp.passes.symbols import NotAnIntegerError
 from attncomp.proof import MaskProof
-from attncomp.spec import B, D, E, H, I, J, AttentionSpec, Normaliser, TensorInfo
+from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo
 from attncomp.variant import Rejection
 
 Read = tuple[Node, Index]
@@ -156,7 +156,7 @@ def _factor(reader: Reader, node: Node, upcasts: bool) -> tuple[Node, Expr] | No
         return None
     try:
         by = op("to_float", reader.scalar(number))
-    except NotAnInteger:
+    except NotAnIntegerError:
         return None
     if loads_of(by):
         return None  # a tensor scale may need a gradient: it stays where it is

@@ -1,7 +1,7 @@
 """Proving masks: from a predicate over (b, h, i, j) to key ranges per query, a name, and "no row is empty".
 
-Every conjunct is compared by its integer polynomial; a conjunct that bounds j by a function of i becomes part of the range, and
-whatever else there is stays as a residual test, so the proof may say less than is true but never more.
+Every conjunct is compared by its integer polynomial; a conjunct that bounds j by a function of i becomes part of the
+range, and whatever else there is stays as a residual test, so the proof may say less than is true but never more.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ def _chunks(e: Op, extents: Mapping[str, Expr]) -> _Band | None:
             x, y = y, x
     if not all(isinstance(a, Op) and a.name == "floordiv" for a in (x, y)) or name not in ("eq", "ge"):
         return None
-    assert isinstance(x, Op) and isinstance(y, Op)
+    assert isinstance(x, Op)
+    assert isinstance(y, Op)
     n = x.args[1]
     if not isinstance(n, Const) or y.args[1] != n or axes_of(x) != {"i"} or axes_of(y) != {"j"}:
         return None
@@ -241,9 +242,9 @@ def _data_name(e: Expr) -> tuple[int, str]:
     loads = tuple(x for x in loads if x not in inner)
     if len(loads) == 2 and isinstance(e, Op) and e.name == "eq" and set(e.args) == set(loads):
         x, y = loads
-        if x.tensor == y.tensor and {"i", "j"} == (axes_of(x) | axes_of(y)) - {"b", "h"}:
-            if substitute(x, {I: J}) == substitute(y, {I: J}):
-                return 4, "document"
+        both = (axes_of(x) | axes_of(y)) - {"b", "h"}
+        if x.tensor == y.tensor and both == {"i", "j"} and substitute(x, {I: J}) == substitute(y, {I: J}):
+            return 4, "document"
     axes = axes_of(e) - {"b", "h"}
     if axes == {"j"}:
         return 5, "padding"
@@ -258,7 +259,7 @@ def _text(names: tuple[tuple[int, str], ...]) -> str:
 
 
 def _witness(mask: Expr, extents: Mapping[str, Expr]) -> tuple[bool, str]:
-    """Whether some key is allowed for every query: tried at the diagonal, at its shifts, and at the first and last key."""
+    """Whether some key is allowed for every query: tried at the diagonal, its shifts, and the first and last key."""
     queries, keys = extents["i"], extents["j"]
     candidates = [I, add(I, sub(keys, queries)), ZERO, sub(keys, ONE)]
     for candidate in candidates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
@@ -12,18 +13,20 @@ from torch.fx import GraphModule, Node
 
 from attncomp.cost import UNFUSED, Work, predict_ms, unfused_linear_work, unfused_softmax_work
 from attncomp.evaluate import Grid, evaluate_tensor
+from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
 from attncomp.passes.indexing import argument, name_of, value_of
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import lower, replace
+from attncomp.passes.prove import prove
 from attncomp.passes.site import Missed, Site, tensor_of
-from attncomp.passes.symbols import hint
 from attncomp.passes.verify import numeric_difference, verify_metadata
 from attncomp.policy import Policy
+from attncomp.proof import MaskProof
 from attncomp.report import Report, SiteReport
-from attncomp.spec import AXES, AttentionSpec
+from attncomp.spec import AXES, AttentionSpec, B, H, I, J, TensorInfo
 from attncomp.variant import Offer, Rejection, Request, Variant
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -32,7 +35,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 @dataclass(frozen=True)
 class Rewritten:
-    """captured: the functional graph, rewritten in place; None if the graph could not be captured. report: what was done."""
+    """What the passes made of one graph.
+
+    captured: the functional graph, rewritten in place; None if the graph could not be captured. report: what was done.
+    """
 
     captured: Captured | None
     report: Report
@@ -105,15 +111,17 @@ def _choose(
     return request, choose(request, variants, settings, kept, fingerprints)
 
 
-def _canonical_proof(site: Site) -> Any:
-    from dataclasses import replace as with_fields
-
-    from attncomp.expr import Size, substitute
-
-    renamed: dict[Any, Any] = {Size(name): Size(f"s{n}") for n, name in enumerate(site.spec.symbols)}
+def _canonical_proof(site: Site) -> MaskProof:
+    renamed: dict[Expr, Expr] = {Size(name): Size(f"s{n}") for n, name in enumerate(site.spec.symbols)}
     proof = site.proof
-    fields = ("key_lo", "key_hi", "query_lo", "query_hi", "residual")
-    return with_fields(proof, **{f: substitute(getattr(proof, f), renamed) for f in fields})
+    return with_fields(
+        proof,
+        key_lo=substitute(proof.key_lo, renamed),
+        key_hi=substitute(proof.key_hi, renamed),
+        query_lo=substitute(proof.query_lo, renamed),
+        query_hi=substitute(proof.query_hi, renamed),
+        residual=substitute(proof.residual, renamed),
+    )
 
 
 def size_hints(site: Site) -> dict[str, int]:
@@ -158,12 +166,6 @@ def as_written_ms(site: Site, request: Request, variants: Sequence[Variant], har
 
 def _library_ms(site: Site, request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
     """An SDPA call as written: the best library kernel that takes its mask as the dense tensor it is."""
-    from dataclasses import replace as with_fields
-
-    from attncomp.expr import TRUE, Load
-    from attncomp.passes.prove import prove
-    from attncomp.spec import B, H, I, J, TensorInfo
-
     spec: AttentionSpec = request.spec
     proof = request.proof
     mask = argument(site.anchor, 3, "attn_mask")
@@ -199,15 +201,14 @@ def _library_ms(site: Site, request: Request, variants: Sequence[Variant], hardw
     return predict_ms(work, hardware)
 
 
-def _plain_program(spec: AttentionSpec) -> Any:
-    from attncomp.expr import Const, Score, mul
-
+def _plain_program(spec: AttentionSpec) -> Expr:
     affine = spec.affine()
     return mul(Score(), affine[0] if affine is not None else Const(1.0))
 
 
 def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool) -> Rejection | None:
-    assert choice.plan is not None and choice.variant is not None
+    assert choice.plan is not None
+    assert choice.variant is not None
     try:
         new = lower(graph, site, choice.plan, choice.variant)
     except Exception as error:  # a variant that can't be traced must not cost the user the model

@@ -15,7 +15,10 @@ from attncomp.variant import Rejection
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """q, k or v: a graph node and the source dimension of each batch axis, the row and the width (None: missing, size 1)."""
+    """q, k or v: a graph node and the source dimension of each batch axis, the row and the width.
+
+    None: missing, size 1.
+    """
 
     node: Node
     dims: tuple[int | None, ...]
@@ -38,8 +41,9 @@ class Layout:
 class Site:
     """An attention in a graph.
 
-    output: the node whose value the attention is. anchor: the node it was found by (softmax, SDPA call, masked product).
-    raw: the spec; its captured tensors are `captured` graph nodes in order. module, location: where in the user's code.
+    output: the node whose value the attention is. anchor: the node it was found by (softmax, SDPA call, masked
+        product).
+    spec: its captured tensors are the `captured` graph nodes in order. module, location: where in the user's code.
     """
 
     kind: str

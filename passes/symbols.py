@@ -10,19 +10,27 @@ import torch
 from attncomp.expr import Const, Expr, Size, add, floordiv, maximum, minimum, mod, mul
 
 
-class NotAnInteger(Exception):
+class NotAnIntegerError(Exception):
     """A size or index has no form in the expression language (internal: the reader captures the tensor instead)."""
 
 
 def from_symint(value: Any) -> Expr:
-    """An int or SymInt as an expression over `Size` symbols; adds no guard."""
+    """An int or SymInt as an expression over `Size` symbols; adds no guard.
+
+    Raises:
+        NotAnIntegerError: no such expression, or a symbol may be negative (an integer argument that is no length).
+    """
     if isinstance(value, bool):
         return Const(int(value))
     if isinstance(value, int):
         return Const(value)
     if isinstance(value, torch.SymInt):
-        return _from_sympy(value.node.expr)
-    raise NotAnInteger(f"{value!r} is no integer")
+        expression, environment = value.node.expr, value.node.shape_env
+        for symbol in expression.free_symbols:
+            if not environment.bound_sympy(symbol).lower >= 0:
+                raise NotAnIntegerError(f"{symbol} may be negative")
+        return _from_sympy(expression)
+    raise NotAnIntegerError(f"{value!r} is no integer")
 
 
 def _from_sympy(e: Any) -> Expr:
@@ -52,7 +60,7 @@ def _from_sympy(e: Any) -> Expr:
         for a in args[1:]:
             result = join(result, a)
         return result
-    raise NotAnInteger(f"no index expression for the size {e}")
+    raise NotAnIntegerError(f"no index expression for the size {e}")
 
 
 def hint(value: Any) -> int:

@@ -1,4 +1,7 @@
-"""Verification: the new node has the old one's shape, dtype and device; and on request, the same values on random inputs."""
+"""Verification: the new node has the old one's shape, dtype and device.
+
+On request, also the same values on random inputs.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def _equal(x: Any, y: Any) -> bool:
 
 
 def values_at(graph: GraphModule, outputs: Sequence[Node], given: Mapping[Node, Any]) -> list[Any]:
-    """Run the part of the graph that `outputs` need, from the values `given` for some nodes; symbolic sizes take their hints.
+    """Run the part of the graph that `outputs` need, from the values `given` for some nodes.
+
+    Symbolic sizes take their hints.
 
     Raises:
         KeyError: a graph input is needed that has no given value.
@@ -93,7 +98,7 @@ def boundary(site: Site) -> list[Node]:
 
 
 def numeric_difference(graph: GraphModule, site: Site, new: Node, seed: int = 0) -> float:
-    """‖new - old‖ / ‖old‖ of the site's output on random values of what it reads; entries that are NaN in both agree."""
+    """‖new - old‖ / ‖old‖ of the site's output on random values of what it reads; NaN in both agrees."""
     generator = torch.Generator().manual_seed(seed)
     given = {node: random_like(value_of(node), generator) for node in boundary(site)}
     with torch.no_grad():
