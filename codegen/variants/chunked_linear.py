@@ -49,8 +49,8 @@ FLOAT_TILES = {
 # operators: estimates; the products of one chunk are small, and their results pass through memory.
 HALF_EFFICIENCY = Efficiency(compute=0.15, bandwidth=0.65)
 FLOAT_EFFICIENCY = Efficiency(compute=0.055, bandwidth=0.65)
-# Host time of one call in the cost model's launches of 4 µs: on the same machine, through ``torch.compile``, 1024 tokens
-# of 16 heads took 0.19 ms forward and 2.2 ms forward and backward, of which the kernels need a small part.
+# Host time of one call in the cost model's launches of 4 µs: on the same machine, through ``torch.compile``,
+# 1024 tokens of 16 heads took 0.19 ms forward and 2.2 ms forward and backward, of which the kernels need a small part.
 HOST_LAUNCHES = {"forward": 40, "backward": 240}
 ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.25, bandwidth=0.5), "cuda": Efficiency(compute=0.1, bandwidth=0.4)}
 
