@@ -61,7 +61,7 @@ def choose(
         candidates.append(Candidate(variant.name, variant.family, variant.exactness, None, str(refused)))
     found = tuple(sorted(candidates, key=lambda c: (c.predicted_ms is None, c.predicted_ms or 0.0)))
     if not offers:
-        return Choice(None, None, "no variant applies: see the candidates", None, kept_ms, found)
+        return Choice(None, None, _why_none(found), None, kept_ms, found)
     ms, variant, offer = min(offers, key=lambda o: o[0])
     if settings.min_speedup > 0 and kept_ms < ms * settings.min_speedup:
         reason = (
@@ -78,11 +78,18 @@ def choose(
     return Choice(variant, plan, reason, ms, kept_ms, found)
 
 
+def _why_none(candidates: tuple[Candidate, ...]) -> str:
+    if any((c.rejection or "").startswith("policy:") for c in candidates):
+        return "no variant that the policy allows applies: see the candidates"
+    return "no variant applies: see the candidates"
+
+
 def _filtered(variant: Variant, settings: Settings, request: Request) -> Rejection | None:
     if request.device not in variant.devices:
         return Rejection("device", f"runs on {', '.join(variant.devices)}, the site is on {request.device}")
     if settings.variants is not None and variant.name not in settings.variants:
-        return Rejection("policy", f"the policy allows only {', '.join(settings.variants)}")
+        allowed = ", ".join(settings.variants) or "no variant here"
+        return Rejection("policy", f"the policy allows only {allowed}")
     if _ORDER.index(variant.exactness) > _ORDER.index(settings.allow):
         return Rejection("policy", f"{variant.exactness}, and the policy allows {settings.allow}")
     return None
