@@ -95,7 +95,11 @@ def _forward(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> 
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
-    return variant.forward(plan, q, k, v, captured, sizes)
+    out, lse = variant.forward(plan, q, k, v, captured, sizes)
+    if lse.dim() == 1 and plan.spec.normaliser.kind != "none":
+        # The variant's backward pass needs no row sums; what the operator returns has the same shape for every variant.
+        lse = lse.new_zeros(out.shape[:3])
+    return out, lse
 
 
 def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
