@@ -16,7 +16,7 @@ import torch
 from torch._functorch.aot_autograd import aot_export_module
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.indexing import name_of, value_of
+from attncomp.passes.nodes import name_of, value_of
 from attncomp.variant import Rejection
 
 _VIEW_NAMES = frozenset(

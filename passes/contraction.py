@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.expr import ZERO, Expr
-from attncomp.passes.indexing import Index, name_of, value_of
+from attncomp.passes.nodes import Index, name_of, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +109,20 @@ def _labels(node: Node) -> tuple[Node, Node, str, str, str]:
     if found is None:
         raise ValueError(f"{node} is no contraction")
     return found
+
+
+def reaches_contraction(node: Node, depth: int = 24) -> bool:
+    """Whether pointwise operations and views lead back from `node` to a contraction."""
+    seen: set[Node] = set()
+    queue = [(node, 0)]
+    while queue:
+        current, steps = queue.pop()
+        if current in seen or steps > depth or current.op != "call_function":
+            continue
+        seen.add(current)
+        if is_contraction(current):
+            return True
+        if name_of(current) in ("linear", "conv2d", "conv1d", "embedding", "addmm"):
+            continue
+        queue.extend((a, steps + 1) for a in current.all_input_nodes)
+    return False

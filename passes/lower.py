@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attncomp.expr import ONE, Const
-from attncomp.passes.indexing import name_of, value_of
+from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
 from attncomp.plan import Plan

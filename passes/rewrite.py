@@ -17,9 +17,9 @@ from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
-from attncomp.passes.indexing import argument, name_of, value_of
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import lower, replace
+from attncomp.passes.nodes import argument, name_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.verify import numeric_difference, verify_metadata

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch.fx import Node
@@ -70,6 +72,10 @@ class Missed:
     reason: Rejection
     module: str
     location: str
+
+
+Attempt: TypeAlias = "Iterator[Site | Rejection | None]"
+"""One try to lift an anchor: its first value is the outcome (None: nothing of interest)."""
 
 
 def module_of(node: Node) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.indexing import value_of
+from attncomp.passes.nodes import value_of
 from attncomp.passes.site import Site
 from attncomp.passes.symbols import hint
 from attncomp.variant import Rejection

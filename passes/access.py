@@ -1,0 +1,142 @@
+"""Access: from the index at which a contraction reads a tensor to the deepest tensor that is read at plain axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attncomp import polynomial
+from attncomp.expr import ONE, ZERO, Axis, Const, Expr, Op, loads_of, mul, op
+from attncomp.passes.nodes import Index, name_of, shape_of, value_of
+from attncomp.passes.reader import Reader
+from attncomp.passes.symbols import NotAnIntegerError
+
+Read = tuple[Node, Index]
+
+
+@dataclass(frozen=True)
+class Access:
+    """A tensor read plainly.
+
+    dims: the source dimension of each wanted axis (None: absent). factor: on its values. group: the head axis is read
+        as ``h // group``.
+    """
+
+    node: Node
+    dims: tuple[int | None, ...]
+    factor: Expr
+    group: int
+
+
+def access(
+    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool, upcasts: bool = True
+) -> Access | None:
+    """Look through views, scalar factors and, if `upcasts`, widening casts to the deepest tensor read at plain axes.
+
+    grouped: a head axis may be read as ``h // g`` (repeated key heads).
+    """
+    best: Access | None = None
+    factor: Expr = Const(1.0)
+    while True:
+        dims = _plain(reader, node, index, wanted, grouped)
+        if dims is not None:
+            best = Access(node, dims[0], factor, dims[1])
+        if name_of(node) == "detach" or node in reader.no_grad:
+            return best
+        step = reader.view_step(node, index)
+        if step is None:
+            scaled = _factor(reader, node, upcasts)
+            if scaled is None:
+                return best
+            node, by = scaled
+            factor = mul(factor, by)
+            continue
+        node, index = step
+
+
+def _factor(reader: Reader, node: Node, upcasts: bool) -> tuple[Node, Expr] | None:
+    """``x * c``, ``x / c`` with a number, and casts that widen: what is read, and the factor."""
+    name = name_of(node)
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return None
+    source = node.args[0] if node.args else None
+    if name in ("_to_copy", "to", "type_as") and isinstance(source, Node):
+        of = value_of(source).dtype
+        if not upcasts:
+            return None
+        return (source, Const(1.0)) if of.is_floating_point and of.itemsize < value.dtype.itemsize else None
+    if name not in ("mul", "div", "true_divide") or node.kwargs.get("rounding_mode") is not None:
+        return None
+    x, y = node.args[:2]
+    if isinstance(x, Node) and isinstance(value_of(x), torch.Tensor) and value_of(x).shape == value.shape:
+        tensor, number = x, y
+    elif (
+        name == "mul"
+        and isinstance(y, Node)
+        and isinstance(value_of(y), torch.Tensor)
+        and value_of(y).shape == value.shape
+    ):
+        tensor, number = y, x
+    else:
+        return None
+    if value_of(tensor).dtype != value.dtype:
+        return None
+    try:
+        by = op("to_float", reader.scalar(number))
+    except NotAnIntegerError:
+        return None
+    if loads_of(by):
+        return None  # a tensor scale may need a gradient: it stays where it is
+    return tensor, op("div", Const(1.0), by) if name != "mul" else by
+
+
+def _plain(
+    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool
+) -> tuple[tuple[int | None, ...], int] | None:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() != len(index):
+        return None
+    at: dict[str, int] = {}
+    group = 1
+    shape = shape_of(node)
+    for dim, a in enumerate(index):
+        if a == ZERO and shape[dim] == ONE:
+            continue
+        if isinstance(a, Axis) and a.name in wanted and a.name not in at and _fits(shape[dim], a.name, reader.extents):
+            at[a.name] = dim
+            continue
+        if (
+            grouped
+            and isinstance(a, Op)
+            and a.name == "floordiv"
+            and isinstance(a.args[0], Axis)
+            and isinstance(a.args[1], Const)
+        ):
+            name, g = a.args[0].name, int(a.args[1].value)
+            if (
+                name in wanted[:-2]
+                and name not in at
+                and polynomial.equal(mul(shape[dim], Const(g)), reader.extents[name])
+            ):
+                at[name] = dim
+                group = g
+                continue
+        return None
+    if wanted[-2] not in at and polynomial.constant(reader.extents[wanted[-2]]) != 1:
+        return None
+    if wanted[-1] not in at and polynomial.constant(reader.extents[wanted[-1]]) != 1:
+        return None
+    return tuple(at.get(name) for name in wanted), group
+
+
+def _fits(size: Expr, axis: str, extents: dict[str, Expr]) -> bool:
+    """Whether a dimension runs over the whole axis.
+
+    Keys and values of one cache may have lengths under two symbols; that they are equal is the operator's own contract,
+    and attncomp's operator checks it when it runs.
+    """
+    both_known = isinstance(size, Const) and isinstance(extents[axis], Const)
+    return polynomial.equal(size, extents[axis]) or (axis == "j" and not both_known)

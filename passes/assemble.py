@@ -1,0 +1,276 @@
+"""The finished site, from what each contraction reads and the program between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from attncomp.expr import (
+    ONE,
+    TRUE,
+    ZERO,
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Score,
+    Sum,
+    axes_of,
+    contains,
+    floordiv,
+    loads_of,
+    mul,
+    rebuild,
+    substitute,
+)
+from attncomp.passes.access import Access, Read, access
+from attncomp.passes.axes import Axes, merged_names
+from attncomp.passes.heads import kv_head, outer_axes, present_heads, same_heads, spec_sizes, to_spec_axes
+from attncomp.passes.mask import Masked, split_zeros
+from attncomp.passes.nodes import shape_of, value_of
+from attncomp.passes.prove import prove
+from attncomp.passes.reader import Reader
+from attncomp.passes.site import Layout, Operand, Site, location_of, module_of
+from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo
+from attncomp.variant import Rejection
+
+
+def assemble(
+    reader: Reader,
+    *,
+    kind: str,
+    anchor: Node,
+    output: Node,
+    axes: Axes,
+    score_load: Load,
+    program: Expr,
+    weight: Expr,
+    query: Read,
+    key: Read,
+    value: Read,
+    dropout: float,
+    half: bool,
+    normaliser: Normaliser | None,
+    split: Callable[[Expr, bool], Masked] | None,
+    minus_infinity: Callable[[Expr], bool],
+    empty: Literal["zero", "nan"] = "nan",
+) -> Site | Rejection:
+    """The site, from what each contraction reads and the program between them (which still loads `score_load`)."""
+    extents = reader.extents
+    names = axes.names()
+    weight_axes = axes_of(score_load) | axes_of(program)
+    value_axes = frozenset().union(*(axes_of(a) for a in value[1]))
+    key_axes = frozenset().union(*(axes_of(a) for a in key[1]))
+    widths = [n for n in names if n in value_axes and n not in axes_of(score_load) and n not in weight_axes]
+    rows = [n for n in names if n not in value_axes and n not in key_axes]
+    if len(widths) != 1:
+        return Rejection("value-layout", f"{len(widths)} axes of the output come from the values alone; one is needed")
+    if not rows:
+        single = [p for p, e in enumerate(axes.index) if e == ZERO]
+        if not single:
+            return Rejection("query-layout", "no axis of the output belongs to the queries alone")
+        row = f"x{single[-1]}"  # one query: its axis has size 1 and does not appear in indices
+        names.insert(sum(len(merged_names(e)) for e in axes.index[: single[-1]]), row)
+        index = list(axes.index)
+        index[single[-1]] = Axis(row)
+        axes = Axes(tuple(index), extents)
+    else:
+        row = rows[-1]
+    width = widths[0]
+    batch = tuple(n for n in names if n not in (row, width))
+    extents["d"] = extents.get("d", ONE)
+    if any(s == ZERO for s in (*extents.values(), extents["d"])):
+        return Rejection("empty-size", "a size is 0: there is nothing to compute")
+    found = _operands(reader, query, key, value, batch, row, width, value_of(output).dtype)
+    if isinstance(found, Rejection):
+        return found
+    q, k, v = found
+    blocked = [n for n in (anchor, reader.nodes.get(score_load.tensor)) if n is not None and n in reader.no_grad]
+    if blocked and output not in reader.no_grad and any(needs_gradient(x.node) for x in (q, k)):
+        return Rejection("no-grad-region", f"gradients stop at {blocked[0].name}, inside torch.no_grad()")
+    outer = outer_axes(batch, k, v)
+    # --- the program in the spec's axes
+    to_spec = to_spec_axes(batch, outer, extents, row, width)
+    program = substitute(program, {score_load: mul(Score(), mul(q.factor, k.factor))})
+    if v.factor != Const(1.0):
+        weight = mul(weight, v.factor)
+    program, weight = (substitute(e, to_spec) for e in (program, weight))
+    sizes = spec_sizes(batch, outer, extents, row, width)
+    spec_extents = dict(zip(("b", "h", "i", "j", "d", "e"), sizes, strict=True))
+    if any(contains(e, Sum) for e in (program, weight)):
+        return Rejection("row-sums", "the scores use a sum over another axis")
+    taken = _take_mask(kind, program, half, split, minus_infinity, normaliser, empty, spec_extents)
+    if isinstance(taken, Rejection):
+        return taken
+    program, mask, normaliser, proof = taken
+    # --- captured tensors
+    captured: dict[str, Node] = {}
+    for e in (program, mask, weight):
+        for load in loads_of(e):
+            node = reader.nodes.get(load.tensor)
+            if node is None or load.tensor != node.name:
+                return Rejection("two-products", f"{load.tensor} is a second product inside the scores")
+            captured.setdefault(load.tensor, node)
+    late = _depends(captured.values(), reader.nodes.get(score_load.tensor), anchor)
+    if late is not None:
+        return Rejection(
+            "depends-on-scores", f"{late.name} is computed from the scores by an operation that is not pointwise"
+        )
+    renamed = {name: f"c{n}" for n, name in enumerate(captured)}
+
+    def rename(e: Expr) -> Expr:
+        def leaf(x: Expr) -> Expr | None:
+            if isinstance(x, Load) and x.tensor in renamed:
+                return Load(renamed[x.tensor], tuple(rename(a) for a in x.index), x.of)
+            return None
+
+        return rebuild(e, leaf)
+
+    program, mask, weight = rename(program), rename(mask), rename(weight)
+    proof = replace(
+        proof,
+        key_lo=rename(proof.key_lo),
+        key_hi=rename(proof.key_hi),
+        residual=rename(proof.residual),
+        facts=tuple(proof.facts),
+    )
+    b, h, i, j, d, e = sizes
+    kv_heads = floordiv(h, Const(k.group)) if k.group > 1 else present_heads(k, batch, outer, extents, h)
+    kv_at = kv_head(h, kv_heads)
+    if isinstance(kv_at, Rejection):
+        return kv_at
+    b_at = ZERO if b == ONE else B
+    h_at = ZERO if h == ONE else H
+    dtype = str(value_of(q.node).dtype).removeprefix("torch.")
+    infos = tuple(
+        TensorInfo(renamed[name], shape_of(n), str(value_of(n).dtype).removeprefix("torch."), needs_gradient(n))
+        for name, n in captured.items()
+    )
+    training = any(needs_gradient(n) for n in (q.node, k.node, v.node, *captured.values()))
+    spec = AttentionSpec(
+        sizes=sizes,
+        tensors=(
+            TensorInfo("q", (b, h, i, d), dtype, training),
+            TensorInfo("k", (b, kv_heads, j, d), dtype, training),
+            TensorInfo("v", (b, kv_heads, j, e), dtype, training),
+            *infos,
+        ),
+        score=mul(Load("q", (b_at, h_at, I, D)), Load("k", (b_at, kv_at, J, D))),
+        program=program,
+        mask=mask,
+        normaliser=normaliser,
+        value=Load("v", (b_at, kv_at, J, E)),
+        dtype=dtype,
+        weight=weight,
+        dropout=dropout,
+        training=training,
+    )
+    positions = {name: n for n, name in enumerate((*batch, row, width))}
+    order = tuple(tuple(positions[n] for n in merged_names(a)) for a in axes.index)
+    layout = Layout(tuple(extents[n] for n in batch), outer, order)
+    return Site(
+        kind=kind,
+        anchor=anchor,
+        output=output,
+        spec=spec,
+        proof=proof,
+        layout=layout,
+        q=Operand(q.node, q.dims),
+        k=Operand(k.node, k.dims),
+        v=Operand(v.node, v.dims),
+        captured=tuple(captured.values()),
+        module=module_of(anchor) or module_of(output),
+        location=location_of(anchor) or location_of(output),
+    )
+
+
+def _operands(
+    reader: Reader,
+    query: Read,
+    key: Read,
+    value: Read,
+    batch: tuple[str, ...],
+    row: str,
+    width: str,
+    dtype: torch.dtype,
+) -> tuple[Access, Access, Access] | Rejection:
+    """q, k and v as plain tensors of the output's dtype.
+
+    Tensors that were upcast are read before the cast where that makes them so.
+    """
+    reason = Rejection("operand-layout", "the queries are read in an order that is no view of one tensor")
+    for upcasts in (True, False):
+        q = access(reader, *query, (*batch, row, "d"), grouped=False, upcasts=upcasts)
+        if q is None:
+            continue
+        for grouped in (True, False):
+            k = access(reader, *key, (*batch, "j", "d"), grouped, upcasts)
+            v = access(reader, *value, (*batch, "j", width), grouped, upcasts)
+            if k is None or v is None or k.group != v.group or not same_heads(k, v, len(batch)):
+                which = "the keys and values are read in an order that is no view of one tensor"
+                reason = Rejection("operand-layout", which) if reason.code == "operand-layout" else reason
+                continue
+            dtypes = [value_of(x.node).dtype for x in (q, k, v)]
+            if set(dtypes) == {dtype}:
+                return q, k, v
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            output = str(dtype).removeprefix("torch.")
+            reason = Rejection("mixed-dtypes", f"queries, keys and values are {names}, the output is {output}")
+            break
+    return reason
+
+
+def _take_mask(
+    kind: str,
+    program: Expr,
+    half: bool,
+    split: Callable[[Expr, bool], Masked] | None,
+    minus_infinity: Callable[[Expr], bool],
+    normaliser: Normaliser | None,
+    empty: Literal["zero", "nan"],
+    extents: dict[str, Expr],
+) -> tuple[Expr, Expr, Normaliser, MaskProof] | Rejection:
+    """(program, mask, normaliser, proof): the mask leaves the program unless empty rows would change their meaning."""
+    if kind == "linear":
+        values, mask = split_zeros(program)
+        return values, mask, normaliser or Normaliser("none"), prove(mask, extents)
+    assert split is not None
+    masked = split(program, half)
+    proof = prove(masked.mask, extents)
+    if proof.row_nonempty and not minus_infinity(masked.program):
+        return masked.program, masked.mask, Normaliser("softmax", empty="impossible"), proof
+    if masked.finite and not proof.row_nonempty:
+        # Filled with a finite number, an empty row is uniform over all keys: kept as the arithmetic it is.
+        everything = prove(TRUE, extents)
+        literal = replace(
+            everything, text=proof.text, facts=(*proof.facts, "masked by a finite number: tested at each element")
+        )
+        return program, TRUE, Normaliser("softmax", empty=empty if minus_infinity(program) else "impossible"), literal
+    return masked.program, masked.mask, Normaliser("softmax", empty=empty), proof
+
+
+def _depends(captured: Iterable[Node], score: Node | None, anchor: Node) -> Node | None:
+    """A captured node that is computed from the scores (or from the anchor), or None."""
+    sources = {n for n in (score, anchor) if n is not None}
+    for node in captured:
+        seen: set[Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current in sources:
+                return node
+            stack.extend(current.all_input_nodes)
+    return None
+
+
+def needs_gradient(node: Node) -> bool:
+    """Whether a gradient flows into this node's tensor; set by the capture pass on every node."""
+    return bool(node.meta.get("attncomp_grad", False))

@@ -1,0 +1,173 @@
+"""Lifting a softmax between two contractions."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from attncomp.expr import Axis, Const, Expr, Weight, loads_of, substitute
+from attncomp.passes.axes import Axes, split_merged
+from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
+from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.reader import Reader
+from attncomp.passes.scores import site_of_program
+from attncomp.passes.site import Attempt
+from attncomp.passes.symbols import from_symint
+from attncomp.spec import J
+from attncomp.variant import Rejection
+
+_BETWEEN = frozenset(
+    {
+        "clone",
+        "contiguous",
+        "alias",
+        "_to_copy",
+        "to",
+        "type_as",
+        "transpose",
+        "t",
+        "mT",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "dropout",
+        "mul",
+        "div",
+        "where",
+        "masked_fill",
+        "add",
+        "sub",
+        "neg",
+        "detach",
+    }
+)
+"""What may stand between a softmax and its second contraction; the meaning is read from the nodes, this only bounds the
+search."""
+
+
+def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
+    source = softmax.args[0]
+    assert isinstance(source, Node)
+    consumers, path, escape = _forward(softmax)
+    if not reaches_contraction(source):
+        yield None  # a router, a classifier head: nothing to fuse
+    if not consumers:
+        used = escape.name if escape is not None else "nothing"
+        is_output = escape is not None and escape.op == "output"
+        yield (
+            Rejection(
+                "no-value-contraction",
+                f"the weights go to {'the output' if is_output else used}, not to a product with values",
+            )
+            if _scores_only(source)
+            else None
+        )
+    if escape is not None:
+        yield Rejection(
+            "weights-escape", f"the attention weights are also used by {escape.name}: they must exist as a tensor"
+        )
+    if len(consumers) > 1:
+        yield Rejection("weights-used-twice", f"the weights meet values in {len(consumers)} products")
+    output = consumers[0]
+    axes = Axes.of_output(output)
+    extents = axes.extents
+    for _ in range(3):  # a merged batch axis is split, then everything is read again
+        reader = Reader(graph, extents, narrowest=value_of(output).dtype)
+        product = contract(output, axes.index, J)
+        extents["j"] = from_symint(summed_size(output))
+        sides = [(product.left, product.left_index, product.right, product.right_index)]
+        sides.append((product.right, product.right_index, product.left, product.left_index))
+        side = next(((w, wi, v, vi) for w, wi, v, vi in sides if w is softmax or w in path), None)
+        if side is None or (sides[0][0] in path and sides[1][0] in path):
+            yield Rejection("weights-unclear", "both operands of the second product depend on the softmax")
+        assert side is not None
+        weights, weight_index, values, value_index = side
+        dropout, weight = _through_dropout(reader, reader.at(weights, weight_index), path)
+        at = [x for x in loads_of(weight) if x.tensor == softmax.name]
+        if len(at) != 1:
+            yield Rejection("weights-unclear", f"the second product reads the softmax at {len(at)} places")
+        split = split_merged(axes, at[0].index, extents)
+        if split is None:
+            break
+        axes = split
+    dim = argument(softmax, 1, "dim")
+    index = at[0].index
+    dim = dim + len(index) if dim < 0 else dim
+    if index[dim] != J:
+        yield Rejection(
+            "softmax-axis",
+            f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over",
+        )
+    rest = [a for n, a in enumerate(index) if n != dim and a != Const(0)]
+    if not all(isinstance(a, Axis) for a in rest) or len(set(rest)) != len(rest) or J in rest:
+        yield Rejection(
+            "weights-layout",
+            f"the weights are rearranged between softmax and values: read at ({', '.join(map(str, index))})",
+        )
+    weight = substitute(weight, {at[0]: Weight()})
+    if dropout > 0 and weight != Weight():
+        yield Rejection("dropout-order", "dropout is combined with other changes of the weights")
+    half = value_of(source).dtype is torch.float16
+    program = reader.at(source, index)
+    yield site_of_program(
+        reader,
+        "softmax",
+        softmax,
+        output,
+        axes,
+        program,
+        weight,
+        values,
+        value_index,
+        dropout=dropout,
+        half=half,
+    )
+
+
+def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
+    """The contractions that the weights reach, the nodes on the way, and one user that is neither (or None)."""
+    consumers: list[Node] = []
+    path = {start}
+    escape: Node | None = None
+    queue = [start]
+    while queue:
+        node = queue.pop(0)
+        for user in node.users:
+            if is_contraction(user) and not (name_of(user) == "baddbmm" and user.args[0] is node):
+                if user not in consumers:
+                    consumers.append(user)
+            elif name_of(user) in _BETWEEN:
+                if user not in path:
+                    path.add(user)
+                    queue.append(user)
+            elif escape is None:
+                escape = user
+    return consumers, path, escape
+
+
+def _scores_only(node: Node) -> bool:
+    shape = value_of(node).shape
+    return len(shape) >= 3
+
+
+def _through_dropout(reader: Reader, weight: Expr, path: set[Node]) -> tuple[float, Expr]:
+    """Active dropout nodes among the loads are looked through; returns (p, weight)."""
+    p = 0.0
+    for load in loads_of(weight):
+        node = reader.nodes.get(load.tensor)
+        if node is not None and node in path and name_of(node) == "dropout":
+            rate = float(node.args[1])  # type: ignore[arg-type]
+            source = node.args[0]
+            assert isinstance(source, Node)
+            p = 1.0 - (1.0 - p) * (1.0 - rate)
+            inner_p, inner = _through_dropout(reader, reader.at(source, load.index), path)
+            if inner_p > 0:
+                return 1.0, weight  # dropout of dropout: left as it is
+            weight = substitute(weight, {load: inner})
+    return p, weight

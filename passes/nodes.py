@@ -1,0 +1,61 @@
+"""What a graph node says of itself: its value, shape, operator and arguments."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attncomp.expr import Expr, Kind
+from attncomp.passes.symbols import from_symint
+
+Index = tuple[Expr, ...]
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+EXACT_INTEGERS = (torch.int32, torch.int64)
+"""The integers whose arithmetic does not overflow at tensor sizes."""
+
+
+def kind_of(dtype: torch.dtype) -> Kind | None:
+    """The expression kind of a dtype; None for complex and quantised types."""
+    if dtype is torch.bool:
+        return "bool"
+    if dtype.is_floating_point:
+        return "float"
+    return None if dtype.is_complex else "int" if not dtype.is_signed or dtype in INTEGERS else None
+
+
+def value_of(node: Node) -> Any:
+    """The fake tensor or symbolic number that a node stands for, or None."""
+    return node.meta.get("val")
+
+
+def name_of(node: Node) -> str:
+    """The name of the ATen operator a node calls, without overload: ``add``, ``matmul``; empty for other nodes."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return "getitem" if target is operator.getitem else ""
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An operator's argument by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def shape_of(node: Node) -> Index:
+    """The shape of a node's tensor as size expressions."""
+    return tuple(from_symint(s) for s in value_of(node).shape)
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def dimension(d: int, rank: int) -> int:
+    return d + rank if d < 0 else d

@@ -1,0 +1,74 @@
+"""Finding the contraction of queries and keys below a program."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from attncomp.expr import Const, Expr, axes_of, loads_of
+from attncomp.passes.assemble import assemble
+from attncomp.passes.axes import Axes
+from attncomp.passes.contraction import contract, is_contraction, summed_size
+from attncomp.passes.mask import may_be_minus_infinity, split_mask
+from attncomp.passes.nodes import Index, value_of
+from attncomp.passes.reader import Reader
+from attncomp.passes.site import Site
+from attncomp.passes.symbols import from_symint
+from attncomp.spec import D, Normaliser
+from attncomp.variant import Rejection
+
+
+def site_of_program(
+    reader: Reader,
+    kind: str,
+    anchor: Node,
+    output: Node,
+    axes: Axes,
+    program: Expr,
+    weight: Expr,
+    values: Node,
+    value_index: Index,
+    *,
+    dropout: float = 0.0,
+    half: bool = False,
+    normaliser: Normaliser | None = None,
+) -> Site | Rejection:
+    """The site of a program that still loads the first contraction, which is found here with its operands."""
+    reasons: list[str] = []
+    for load in loads_of(program):
+        node = reader.nodes.get(load.tensor)
+        if node is None or not is_contraction(node) or "j" not in axes_of(load):
+            continue
+        reader.extents["d"] = from_symint(summed_size(node))
+        scores = contract(node, load.index, D)
+        sides = [(scores.left, scores.left_index), (scores.right, scores.right_index)]
+        keyed = [any("j" in axes_of(a) for a in index) for _, index in sides]
+        if keyed[0] == keyed[1]:
+            reasons.append(f"{load.tensor}: both operands vary with the key")
+            continue
+        key, query = (sides[0], sides[1]) if keyed[0] else (sides[1], sides[0])
+        if any(d == Const(0) and value_of(n).shape[p] != 1 for n, ix in sides for p, d in enumerate(ix)):
+            reasons.append(f"{load.tensor}: read at a fixed index")
+            continue
+        made = assemble(
+            reader,
+            kind=kind,
+            anchor=anchor,
+            output=output,
+            axes=axes,
+            score_load=load,
+            program=program,
+            weight=weight,
+            query=query,
+            key=key,
+            value=(values, value_index),
+            dropout=dropout,
+            half=half,
+            normaliser=normaliser,
+            split=split_mask if kind == "softmax" else None,
+            minus_infinity=may_be_minus_infinity,
+        )
+        if isinstance(made, Site):
+            return made
+        reasons.append(str(made))
+    detail = "; ".join(reasons) if reasons else "no product of queries and keys was found below the scores"
+    return Rejection("no-score-contraction", detail)
