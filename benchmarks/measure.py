@@ -30,7 +30,7 @@ EXECUTORS = ("eager", "inductor", "attncomp")
 class Measured:
     """One row: milliseconds, bytes at the peak, seconds of the first call, and what it returned.
 
-    ms is the median of the runs on a CUDA device, and the best on a CPU, where other processes only ever add to the time.
+    ms is the median of the runs on a CUDA device, and the best on a CPU, where other processes only add to the time.
     peak_bytes counts everything allocated on a CUDA device; on a CPU, what became resident during the runs. `failure`
     says why there is no number.
     """
