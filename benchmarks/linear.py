@@ -116,7 +116,7 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
     """Measure one module at every length and return its table."""
     rows: list[list[str]] = []
     seen: list[tuple[int, float]] = []
-    summary = ""
+    summaries: dict[str, list[str]] = {}
     for n in s.lengths:
         generator = torch.Generator().manual_seed(n)
         inputs = [torch.randn(1, s.heads, n, s.width, generator=generator).to(s.device, s.dtype) for _ in range(3)]
@@ -133,7 +133,8 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
             row += [m.milliseconds(extra), m.gibibytes(extra)]
             eager = result.value if x == "eager" and training else eager
             if x == "attncomp":
-                summary = "; ".join(m.report_summary([r]) for r in m.reports_since(before)) or summary
+                found = "; ".join(m.report_summary([r]) for r in m.reports_since(before))
+                summaries.setdefault(found, []).append(str(n))
                 if not result.failure:
                     seen.append((n, result.ms))
                     error = (
@@ -151,7 +152,8 @@ def run(name: str, module: nn.Module, s: Setting, training: bool, how: tuple[str
         half = seen[len(seen) // 2 :] if len(seen) > 3 else seen
         fit = f"\nattncomp's time grows as n^{exponent(*zip(*seen, strict=True)):.2f}"
         fit += f" (from {half[0][0]} tokens on: n^{exponent(*zip(*half, strict=True)):.2f})"
-    return f"{m.table(head, rows)}\n{fit}. {summary}\n"
+    done = "".join(f" At {', '.join(at)}: {found}." for found, at in summaries.items())
+    return f"{m.table(head, rows)}\n{fit}.{done}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
