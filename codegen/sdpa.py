@@ -24,7 +24,7 @@ from attncomp.codegen.materialise import (
 )
 from attncomp.cost import Work
 from attncomp.evaluate import evaluate_tensor
-from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of
+from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of, walk
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
@@ -172,6 +172,12 @@ class SdpaKernel:
         dtype = spec.tensors[0].dtype
         if bias != NO_BIAS and not self.wide_mask and BYTES[dtype] < 4 and not exact_in(bias, dtype, spec):
             return Rejection("bias-precision", f"this kernel holds a bias in {dtype}, which would round {bias}")
+        if spec.training and _swallows(bias):
+            return Rejection(
+                "huge-bias",
+                "a row whose scores are all hugely negative has shares too, and the kernel's backward reads the row's "
+                "normaliser from a logarithm that has lost it beside such numbers",
+            )
         if spec.normaliser.empty == "nan" and (spec.training or not self.masked):
             return Rejection(
                 "empty-rows", "a row without keys must give NaN, also in gradients; this kernel gives zeros"
@@ -264,6 +270,13 @@ class SdpaKernel:
 
 
 NO_BIAS = Const(0.0)
+HUGE = 1e4
+"""Beside a score of this size, a float32 log-sum-exp keeps three digits of what is added to it."""
+
+
+def _swallows(bias: Expr) -> bool:
+    """Whether a bias holds a finite number such as finfo.min, as masks written by addition do."""
+    return any(isinstance(e, Const) and e.kind == "float" and HUGE <= abs(e.value) < float("inf") for e in walk(bias))
 
 
 def bias_of(spec: AttentionSpec) -> Expr:
