@@ -127,12 +127,31 @@ def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return own, rest
 
 
-def inductor_guard() -> dict[str, Any]:
+_SOFTMAX_PARTS = ("softmax", "exp", "scaled_dot_product")
+
+
+def may_be_matched(graph: GraphModule) -> bool:
+    """Whether inductor's attention matcher could find anything: each of its patterns holds a softmax or its pieces."""
+    for module in graph.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                called = f"{node.target} {getattr(node.target, '__name__', '')}"
+                if node.op.startswith("call_") and (
+                    node.op == "call_module" or any(part in called for part in _SOFTMAX_PARTS)
+                ):
+                    return True
+    return False
+
+
+def inductor_guard(graph: GraphModule) -> dict[str, Any]:
     """Inductor settings that keep its attention matcher off a graph: the pass with its patterns, switched off by name.
 
-    The setting is part of inductor's cache keys and holds for one compilation only; nothing changes for other users
-    of inductor.
+    The pass holds other patterns too, so it stays on where nothing in the graph could be taken for attention. The
+    setting is part of inductor's cache keys and holds for one compilation only; nothing changes for other users of
+    inductor.
     """
+    if not may_be_matched(graph):
+        return {}
     import torch._inductor.config as inductor_config
 
     if hasattr(inductor_config, "disabled_passes"):
@@ -147,7 +166,7 @@ def _inductor(
     from torch._inductor import list_mode_options  # seconds to import, and the eager executor does without it
     from torch._inductor.compile_fx import compile_fx
 
-    patches = inductor_guard()
+    patches = inductor_guard(graph)
     if mode is not None and mode != "default":
         patches |= list_mode_options(mode)
     disabled = [p["disabled_passes"] for p in (patches, options) if p.get("disabled_passes")]

@@ -23,7 +23,12 @@ def attention_reference(
     """The output (B, H, Tq, E) in `dtype`, computed as the spec says with all n² weights held.
 
     Shapes are those of ``spec.tensors``; `sizes` are the values of ``spec.symbols``. Dropout is not applied.
+
+    Raises:
+        ValueError: the spec has a transition (a recurrence).
     """
+    if spec.transition is not None:
+        raise ValueError("a recurrence has no dense reference: its weights depend on the states between")
     symbols = dict(zip(spec.symbols, sizes, strict=True))
     named = dict(zip((t.name for t in spec.tensors), (q, k, v, *captured), strict=True))
     probe = Grid({}, named, q.device, symbols)

@@ -192,6 +192,8 @@ class AttentionSpec:
         """
         renamed: dict[Expr, Expr] = {Size(name): Size(f"s{n}") for n, name in enumerate(self.symbols)}
 
+        t = self.transition
+
         def fresh(e: Expr) -> Expr:
             return substitute(e, renamed)
 
@@ -213,7 +215,9 @@ class AttentionSpec:
             dtype=self.dtype,
             weight=fresh(self.weight),
             dropout=self.dropout,
-            transition=self.transition,
+            transition=None
+            if t is None
+            else Transition(*(None if e is None else fresh(e) for e in (t.decay, t.erase, t.write))),
             training=self.training,
         )
 

@@ -65,12 +65,21 @@ def test_inductor_options_and_modes_reach_inductor(monkeypatch: pytest.MonkeyPat
         return graph.forward
 
     monkeypatch.setattr(compile_fx_module, "compile_fx", spy)
-    compiled(attend, executor="inductor", max_autotune=True, disabled_passes="MY_PASS")(*qkv())
+    kept = {"policy": "off", "executor": "inductor", "max_autotune": True, "disabled_passes": "MY_PASS"}
+    compiled(attend, **kept)(*qkv())
     assert seen[-1]["max_autotune"] is True
-    assert set(seen[-1]["disabled_passes"].split(",")) == {"MY_PASS", *inductor_guard()["disabled_passes"].split(",")}
+    assert set(seen[-1]["disabled_passes"].split(",")) == {"MY_PASS", "PASS_PATTERN_0"}
     compiled(attend, mode="max-autotune-no-cudagraphs")(*qkv())
     assert seen[-1]["max_autotune"] is True
-    assert "disabled_passes" in seen[-1]
+
+
+def test_the_matcher_is_kept_off_where_it_could_match() -> None:
+    def graph_of(function: Any) -> torch.fx.GraphModule:
+        return torch.fx.symbolic_trace(function)
+
+    assert inductor_guard(graph_of(attend)) == {"disabled_passes": "PASS_PATTERN_0"}
+    assert inductor_guard(graph_of(lambda q, k: (q @ k).exp())) == {"disabled_passes": "PASS_PATTERN_0"}
+    assert inductor_guard(graph_of(lambda q, k: (q @ k).relu())) == {}
 
 
 def test_inductor_is_left_as_it_was() -> None:
@@ -105,7 +114,6 @@ def test_a_graph_that_cant_be_captured_goes_on_with_one_warning() -> None:
     def checkpointed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return checkpoint(attend, q, k, v, use_reentrant=False)  # type: ignore[no-any-return]  # torch leaves it untyped
 
-    q, k, v = qkv(requires_grad=True)
     with forget_warnings(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for length in (24, 31):
