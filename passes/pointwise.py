@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from attncomp import polynomial
-from attncomp.expr import Const, Expr, Load, Op, floordiv, mod, mul, op, substitute, where
+from attncomp.expr import Const, Expr, Load, Op, and_, floordiv, mod, mul, op, or_, substitute, where
 from attncomp.passes.nodes import EXACT_INTEGERS, INTEGERS, Index, argument, kind_of, name_of, value_of
 from attncomp.passes.reshape import divide, remainder
 
@@ -44,9 +44,22 @@ def _arithmetic(name: str) -> Rule:
             if dtype not in EXACT_INTEGERS:
                 return None
             return op(name, op("to_int", x), op("to_int", y))
-        return op(name, op("to_float", x), op("to_float", y))
+        x, y = op("to_float", x), op("to_float", y)
+        return (_product_of_masks(x, y) if name == "mul" else None) or op(name, x, y)
 
     return rule
+
+
+def _product_of_masks(x: Expr, y: Expr) -> Expr | None:
+    """``where(a, 1, 0) * where(b, 1, 0)`` is ``where(a & b, 1, 0)``: masks multiplied as floats."""
+    if not all(isinstance(e, Op) and e.name == "where" and e.args[2] == Const(0.0) for e in (x, y)):
+        return None
+    assert isinstance(x, Op)
+    assert isinstance(y, Op)
+    (a, p, zero), (b, q, _) = x.args, y.args
+    if not all(isinstance(e, Const) and math.isfinite(e.value) for e in (p, q)):
+        return None
+    return where(and_(a, b), op("mul", p, q), zero)
 
 
 def _rsub(reader: Reader, node: Node, index: Index) -> Expr | None:
@@ -112,15 +125,25 @@ def _whole(e: Expr) -> Expr | None:
 
 
 def _distribute(name: str, x: Expr, y: Expr) -> Expr:
-    """A comparison of integers in which one term is a `where` becomes the `where` of two comparisons."""
+    """A comparison of integers in which one term is a `where` or an absolute value becomes two comparisons."""
     if x.kind == "int" and y.kind == "int":
         for e in (x, y):
-            for monomial in polynomial.terms(e):
-                if len(monomial) == 1 and isinstance(monomial[0], Op) and monomial[0].name == "where":
-                    c, p, q = (atom := monomial[0]).args
-                    swap = [(substitute(x, {atom: r}), substitute(y, {atom: r})) for r in (p, q)]
-                    return where(c, _distribute(name, *swap[0]), _distribute(name, *swap[1]))
+            for monomial, coefficient in polynomial.terms(e).items():
+                atom = monomial[0] if len(monomial) == 1 else None
+                if isinstance(atom, Op) and atom.name == "where":
+                    c, p, q = atom.args
+                    first, second = (_with(name, x, y, atom, r) for r in (p, q))
+                    return where(c, first, second)
+                if isinstance(atom, Op) and atom.name == "abs" and name in ("lt", "le", "gt", "ge"):
+                    inner = atom.args[0]
+                    first, second = (_with(name, x, y, atom, r) for r in (inner, op("neg", inner)))
+                    upper = (name in ("lt", "le")) == ((coefficient > 0) == (e is x))  # bounds |z| from above
+                    return and_(first, second) if upper else or_(first, second)
     return op(name, x, y)
+
+
+def _with(name: str, x: Expr, y: Expr, atom: Expr, value: Expr) -> Expr:
+    return _distribute(name, substitute(x, {atom: value}), substitute(y, {atom: value}))
 
 
 def _logical(name: str) -> Rule:
@@ -216,6 +239,11 @@ def _pow(reader: Reader, node: Node, index: Index) -> Expr | None:
     return None
 
 
+def _square(reader: Reader, node: Node, index: Index) -> Expr | None:
+    x = reader.operand(node.args[0], index)
+    return op("mul", x, x) if value_of(node).dtype.is_floating_point and x.kind == "float" else None
+
+
 def _clamp(reader: Reader, node: Node, index: Index) -> Expr | None:
     x = reader.operand(node.args[0], index)
     name = name_of(node)
@@ -253,6 +281,7 @@ POINTWISE: dict[str, Rule] = {
     },
     **{n: _unary(n) for n in ("relu", "sin", "cos", "erf")},
     "pow": _pow,
+    "square": _square,
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), _clamp),
     **dict.fromkeys(("_to_copy", "to", "type_as"), _cast_value),
     "where": _where,

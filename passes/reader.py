@@ -11,12 +11,13 @@ expanded.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from attncomp.expr import ZERO, Const, Expr, Load, Op, add, loads_of, mul, substitute, where
+from attncomp.expr import ZERO, Const, Expr, Load, Op, add, loads_of, mul, op, substitute, where
 from attncomp.passes.nodes import Index, is_one, kind_of, name_of, value_of
 from attncomp.passes.refine import pinned, refine_predicate
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
@@ -25,6 +26,18 @@ from attncomp.passes.views import VIEWS
 
 _SMALL_CONSTANT = 64
 """Constant tensors of at most this many elements are read; larger ones are captured."""
+
+_SYMBOLIC: dict[Any, str] = {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    operator.pow: "pow",
+    operator.neg: "neg",
+    torch.sym_float: "to_float",
+    torch._sym_sqrt: "sqrt",
+}
+"""Arithmetic on run-time numbers, by the function that a graph node calls."""
 
 
 class Reader:
@@ -125,9 +138,21 @@ class Reader:
                 return Const(value)
             if isinstance(value, torch.Tensor) and value.dim() == 0:
                 return self.at(x, ())
-            if isinstance(value, torch.SymFloat | torch.SymBool) and name_of(x) in ("item", "_local_scalar_dense"):
-                return self.at(x.args[0], tuple(ZERO for _ in value_of(x.args[0]).shape))  # type: ignore[arg-type]
+            if isinstance(value, torch.SymFloat):
+                return self._symbolic(x)
         raise NotAnIntegerError(f"{x!r} is no number")
+
+    def _symbolic(self, node: Node) -> Expr:
+        """A float computed at run time outside tensors, as ``1 / math.sqrt(q.shape[-1])`` is."""
+        if name_of(node) in ("item", "_local_scalar_dense"):
+            source = node.args[0]
+            if not isinstance(source, Node) or source.meta.get("attncomp_grad", False):
+                raise NotAnIntegerError(f"{node} stops gradients")
+            return op("to_float", self.at(source, tuple(ZERO for _ in value_of(source).shape)))
+        name = _SYMBOLIC.get(node.target)
+        if name is None:
+            raise NotAnIntegerError(f"{node} is computed by {node.target}")
+        return op(name, *(op("to_float", self.scalar(a)) for a in node.args))
 
     def operand(self, x: Any, index: Index) -> Expr:
         """An operand of a pointwise operator, broadcast to `index`."""

@@ -15,10 +15,12 @@ class NotAnIntegerError(Exception):
 
 
 def from_symint(value: Any) -> Expr:
-    """An int or SymInt as an expression over `Size` symbols; adds no guard.
+    """An int or SymInt as an expression over `Size` symbols.
+
+    Lengths are never negative and need no guard; for an integer argument that is no length, a guard says so.
 
     Raises:
-        NotAnIntegerError: no such expression, or a symbol may be negative (an integer argument that is no length).
+        NotAnIntegerError: no such expression, or a symbol is negative or unknown.
     """
     if isinstance(value, bool):
         return Const(int(value))
@@ -27,10 +29,18 @@ def from_symint(value: Any) -> Expr:
     if isinstance(value, torch.SymInt):
         expression, environment = value.node.expr, value.node.shape_env
         for symbol in expression.free_symbols:
-            if not environment.bound_sympy(symbol).lower >= 0:
+            if not _never_negative(symbol, environment):
                 raise NotAnIntegerError(f"{symbol} may be negative")
         return _from_sympy(expression)
     raise NotAnIntegerError(f"{value!r} is no integer")
+
+
+def _never_negative(symbol: Any, environment: Any) -> bool:
+    if environment.bound_sympy(symbol).lower >= 0:
+        return True
+    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    value = values.get(symbol)
+    return value is not None and value >= 0 and bool(environment.evaluate_expr(sympy.Ge(symbol, 0)))
 
 
 def _from_sympy(e: Any) -> Expr:
