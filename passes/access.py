@@ -31,17 +31,23 @@ class Access:
 
 
 def access(
-    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool, upcasts: bool = True
+    reader: Reader,
+    node: Node,
+    index: Index,
+    wanted: tuple[str, ...],
+    grouped: bool,
+    upcasts: bool = True,
+    complete: bool = False,
 ) -> Access | None:
     """Look through views, scalar factors and, if `upcasts`, widening casts to the deepest tensor read at plain axes.
 
-    grouped: a head axis may be read as ``h // g`` (repeated key heads).
+    grouped: a head axis may be read as ``h // g`` (repeated key heads). complete: no axis may be missing.
     """
     best: Access | None = None
     factor: Expr = Const(1.0)
     while True:
         dims = _plain(reader, node, index, wanted, grouped)
-        if dims is not None:
+        if dims is not None and not (complete and _misses(dims[0], wanted, reader.extents)):
             best = Access(node, dims[0], factor, dims[1])
         if name_of(node) == "detach" or node in reader.no_grad:
             return best
@@ -54,6 +60,10 @@ def access(
             factor = mul(factor, by)
             continue
         node, index = step
+
+
+def _misses(dims: tuple[int | None, ...], wanted: tuple[str, ...], extents: dict[str, Expr]) -> bool:
+    return any(d is None and extents[name] != ONE for d, name in zip(dims, wanted, strict=True))
 
 
 def _factor(reader: Reader, node: Node, upcasts: bool) -> tuple[Node, Expr] | None:

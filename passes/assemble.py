@@ -208,9 +208,10 @@ def _operands(
         q = access(reader, *query, (*batch, row, "d"), grouped=False, upcasts=upcasts)
         if q is None:
             continue
-        for grouped in (True, False):
-            k = access(reader, *key, (*batch, "j", "d"), grouped, upcasts)
-            v = access(reader, *value, (*batch, "j", width), grouped, upcasts)
+        # the same heads in keys and values: grouped, as they are, or every head made (where one is scaled by head)
+        for grouped, complete in ((True, False), (False, False), (False, True)):
+            k = access(reader, *key, (*batch, "j", "d"), grouped, upcasts, complete)
+            v = access(reader, *value, (*batch, "j", width), grouped, upcasts, complete)
             if k is None or v is None or k.group != v.group or not same_heads(k, v, len(batch)):
                 which = "the keys and values are read in an order that is no view of one tensor"
                 reason = Rejection("operand-layout", which) if reason.code == "operand-layout" else reason

@@ -145,12 +145,13 @@ def difference(result: torch.Tensor, reference: torch.Tensor, undefined: bool = 
     """‖result - reference‖ / ‖reference‖ over finite entries; infinite where NaN and infinities do not agree.
 
     The norm counts as at least 0.01 an element: a gradient that is zero but for rounding has no relative error.
-    undefined: entries that are NaN in the reference may be anything (a NaN row makes the whole gradient of the values
-    NaN, of which a kernel that skips keys shows only a part).
+    undefined: where the reference has a NaN at all, NaN entries of either may be anything (a NaN row makes the whole
+    gradient of the values NaN, of which a kernel that skips keys shows only a part).
     """
     a, b = result.detach().double(), reference.detach().double()
-    if undefined:
-        a, b = a.masked_fill(b.isnan(), 0.0), b.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    if undefined and bool(b.isnan().any()):
+        unknown = a.isnan() | b.isnan()
+        a, b = a.masked_fill(unknown, 0.0), b.masked_fill(unknown, 0.0)
     odd = ~(a.isfinite() & b.isfinite())
     if not torch.equal(a[odd].nan_to_num(nan=0.5), b[odd].nan_to_num(nan=0.5)):
         return float("inf")

@@ -57,8 +57,10 @@ class Program:
 
     @property
     def is_attention(self) -> bool:
-        """Whether this is one attention by construction, which should be rewritten."""
+        """Whether this is one attention by construction, which should be rewritten (and some key is seen at all)."""
         odd = {"sort", "cumsum", "center", "topk", "symmetric"}
+        if not self._sees_keys():
+            return False
         if self.axis is None:
             return any(s[0] == "decay" or (s[0] == "mask" and s[1][0] == "tril") for s in self.steps)
         return (
@@ -67,6 +69,17 @@ class Program:
             and not {s[0] for s in self.steps} & odd
             and not set(self.after) & {"escape", "twice", "roll"}
         )
+
+    def _sees_keys(self) -> bool:
+        b, _, _, i, j, _, _ = self.sizes
+        rows, columns = torch.arange(i)[:, None], torch.arange(j)[None, :]
+        seen = torch.ones(b, 1, i, j, dtype=torch.bool)
+        for step in self.steps:
+            if step[0] == "mask":
+                seen = seen & _mask(
+                    step[1], rows, columns, iter(_mask_arguments(step[1], (b, 1, i, j), torch.Generator()))
+                )
+        return bool(seen.any())
 
     def arguments(self) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -152,7 +165,7 @@ def _run(p: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: I
     if p.scale_k == "head" and p.grouping != "none":
         k, v = _repeat(p, k), _repeat(p, v)
     k = _scaled(k, p.scale_k, extra)
-    grouped = p.grouping == "five" and k.shape[1] != h
+    grouped = p.grouping == "five" and p.layout != "merged" and k.shape[1] != h
     if grouped:
         q, k, v = q.unflatten(1, (hk, g)), k.unsqueeze(2), v.unsqueeze(2)
     elif k.shape[1] != h:
@@ -355,7 +368,7 @@ def _linear(p: Program, scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _back(p: Program, out: torch.Tensor, grouped: bool) -> torch.Tensor:
     b, i = p.sizes[0], p.sizes[3]
-    if grouped and p.layout != "merged":
+    if grouped:
         out = out.flatten(1, 2)
     if p.layout == "packed":
         return out.transpose(1, 2).reshape(b, i, -1)
