@@ -151,8 +151,8 @@ of the backward 496 and 465. The others are prior estimates, to be calibrated.""
 
 
 _HOST_LAUNCHES = 50
-"""Host time of one call of the operator, in launches of the cost model (4 µs each). Measured on an H100's host (torch 2.11,
-Triton 3.6): calls whose kernel takes less are bound by 0.2 to 0.3 ms, most of it Python in dispatch and launch."""
+"""Host time of one call of the operator, in launches of the cost model (4 µs each). Measured on an H100's host (torch
+2.11, Triton 3.6): calls whose kernel takes less are bound by 0.2 to 0.3 ms, most of it Python."""
 
 
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:

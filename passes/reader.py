@@ -35,7 +35,7 @@ _SYMBOLIC: dict[Any, str] = {
     operator.pow: "pow",
     operator.neg: "neg",
     torch.sym_float: "to_float",
-    torch._sym_sqrt: "sqrt",
+    torch.sym_sqrt: "sqrt",
 }
 """Arithmetic on run-time numbers, by the function that a graph node calls."""
 

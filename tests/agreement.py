@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import attncomp
 from attncomp.report import Report, SiteReport, clear_reports
 
-ALWAYS: Mapping[str, Any] = {"version": 1, "defaults": {"min_speedup": 0}}
+ALWAYS: Any = {"version": 1, "defaults": {"min_speedup": 0}}
 """The policy under which everything that can be rewritten is rewritten."""
 
 FORWARD = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}

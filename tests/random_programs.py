@@ -278,7 +278,8 @@ def _step(
     rows, columns = torch.arange(i)[:, None], torch.arange(j)[None, :]
     name = step[0]
     if name == "scale":
-        return s * step[1] if step[2] else s / (1 / step[1])
+        scaled: torch.Tensor = s * step[1] if step[2] else s / (1 / step[1])
+        return scaled
     if name in ("bias", "scale_tensor"):
         x = fitted(next(extra))
         if name == "scale_tensor":
@@ -331,14 +332,17 @@ def _masked(p: Program, step: tuple[Any, ...], s: torch.Tensor, allowed: torch.T
 def _mask(mask: Mask, i: torch.Tensor, j: torch.Tensor, extra: Iterator[torch.Tensor]) -> torch.Tensor:
     name = mask[0]
     if name == "linear":
-        return COMPARE[mask[1]](mask[2] * i + mask[3] * j, mask[4])
+        allowed: torch.Tensor = COMPARE[mask[1]](mask[2] * i + mask[3] * j, mask[4])
+        return allowed
     if name == "tril":
         ones = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool)
         return ones.tril(mask[1]) if mask[2] else ones.triu(mask[1])
     if name == "chunk":
-        return COMPARE[mask[1]]((i + mask[3]) // mask[2], (j + mask[3]) // mask[2])
+        same_chunk: torch.Tensor = COMPARE[mask[1]]((i + mask[3]) // mask[2], (j + mask[3]) // mask[2])
+        return same_chunk
     if name == "mod":
-        return (i - j) % mask[1] == mask[2]
+        on_stride: torch.Tensor = (i - j) % mask[1] == mask[2]
+        return on_stride
     if name == "input":
         return next(extra)
     if name == "lengths":
@@ -354,7 +358,8 @@ def _mask(mask: Mask, i: torch.Tensor, j: torch.Tensor, extra: Iterator[torch.Te
     y = _mask(mask[2], i, j, extra)
     if name == "product":
         return (x.float() * y.float()).bool()
-    return {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[name](x, y)
+    joined: torch.Tensor = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[name](x, y)
+    return joined
 
 
 def _linear(p: Program, scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

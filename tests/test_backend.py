@@ -21,7 +21,8 @@ ALWAYS: Any = {"version": 1, "defaults": {"min_speedup": 0}}
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    result: torch.Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return result
 
 
 def qkv(length: int = 24, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -65,7 +66,7 @@ def test_inductor_options_and_modes_reach_inductor(monkeypatch: pytest.MonkeyPat
         return graph.forward
 
     monkeypatch.setattr(compile_fx_module, "compile_fx", spy)
-    kept = {"policy": "off", "executor": "inductor", "max_autotune": True, "disabled_passes": "MY_PASS"}
+    kept: dict[str, Any] = {"policy": "off", "executor": "inductor", "max_autotune": True, "disabled_passes": "MY_PASS"}
     compiled(attend, **kept)(*qkv())
     assert seen[-1]["max_autotune"] is True
     assert set(seen[-1]["disabled_passes"].split(",")) == {"MY_PASS", "PASS_PATTERN_0"}

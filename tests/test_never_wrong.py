@@ -291,7 +291,8 @@ def keys_ready(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
 def test_keys_permuted_straight_to_width_by_length() -> None:
     def f(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         q, v = (t.view(2, 16, 3, 8).permute(0, 2, 1, 3) for t in (x, z))
-        return keys_ready(q, y.view(2, 16, 3, 8).permute(0, 2, 3, 1), v)
+        result: torch.Tensor = keys_ready(q, y.view(2, 16, 3, 8).permute(0, 2, 3, 1), v)
+        return result
 
     assert agree(f, *heads(2, 16, 24)).verdicts == ["softmax rewritten mask=none"]
 
@@ -311,7 +312,7 @@ def test_everything_of_one_size() -> None:
     def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return scores_of(q, k).softmax(-1) @ v.transpose(1, 2)
 
-    assert agree(f, *heads(4, 4, 4, 4))
+    agree(f, *heads(4, 4, 4, 4))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3), (0, 1, 3, 2), (3, 2, 1, 0)])
@@ -1013,6 +1014,9 @@ def test_static_cache_by_slice_assignment(returned: bool) -> None:
 
 def test_cache_in_buffers() -> None:
     class Model(torch.nn.Module):
+        keys: torch.Tensor
+        count: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("keys", torch.zeros(2, 3, 32, 8))
@@ -1245,7 +1249,8 @@ def test_a_classifier_has_no_site() -> None:
             self.a, self.b = torch.nn.Linear(8, 12), torch.nn.Linear(12, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(x).relu()).softmax(-1)
+            result: torch.Tensor = self.b(self.a(x).relu()).softmax(-1)
+            return result
 
     assert agree(Model(), torch.randn(4, 8)).verdicts == []
 
