@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,9 +30,10 @@ from attncomp.expr import (
 )
 from attncomp.passes.access import Access, Read, access
 from attncomp.passes.axes import Axes, merged_names
+from attncomp.passes.contraction import is_contraction
 from attncomp.passes.heads import kv_head, outer_axes, present_heads, same_heads, spec_sizes, to_spec_axes
-from attncomp.passes.mask import Masked, split_zeros
-from attncomp.passes.nodes import shape_of, value_of
+from attncomp.passes.mask import Masked, may_be_low, split_zeros
+from attncomp.passes.nodes import name_of, shape_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.reader import Reader
 from attncomp.passes.site import Layout, Operand, Site, location_of, module_of
@@ -104,7 +106,8 @@ def assemble(
     spec_extents = dict(zip(("b", "h", "i", "j", "d", "e"), sizes, strict=True))
     if any(contains(e, Sum) for e in (program, weight)):
         return Rejection("row-sums", "the scores use a sum over another axis")
-    taken = _take_mask(kind, program, half, split, minus_infinity, normaliser, empty, spec_extents)
+    low = partial(_holds_masks, reader)
+    taken = _take_mask(kind, program, half, split, minus_infinity, low, normaliser, empty, spec_extents)
     if isinstance(taken, Rejection):
         return taken
     program, mask, normaliser, proof = taken
@@ -232,6 +235,7 @@ def _take_mask(
     half: bool,
     split: Callable[[Expr, bool], Masked] | None,
     minus_infinity: Callable[[Expr], bool],
+    low: Callable[[str], bool],
     normaliser: Normaliser | None,
     empty: Literal["zero", "nan"],
     extents: dict[str, Expr],
@@ -243,16 +247,36 @@ def _take_mask(
     assert split is not None
     masked = split(program, half)
     proof = prove(masked.mask, extents)
-    if proof.row_nonempty and not minus_infinity(masked.program):
-        return masked.program, masked.mask, Normaliser("softmax", empty="impossible"), proof
-    if masked.finite and not proof.row_nonempty:
+    if masked.finite and (not proof.row_nonempty or may_be_low(masked.program, low)):
         # Filled with a finite number, an empty row is uniform over all keys: kept as the arithmetic it is.
         everything = prove(TRUE, extents)
         literal = replace(
             everything, text=proof.text, facts=(*proof.facts, "masked by a finite number: tested at each element")
         )
         return program, TRUE, Normaliser("softmax", empty=empty if minus_infinity(program) else "impossible"), literal
-    return masked.program, masked.mask, Normaliser("softmax", empty=empty), proof
+    never = proof.row_nonempty and not minus_infinity(masked.program)
+    return masked.program, masked.mask, Normaliser("softmax", empty="impossible" if never else empty), proof
+
+
+_BOUNDED = frozenset(("linear", "addmm", "embedding", "conv1d", "conv2d", "layer_norm", "rms_norm", "softmax"))
+
+
+def _holds_masks(reader: Reader, name: str) -> bool:
+    """Whether a captured tensor is, but for views and arithmetic, a float that the caller gives: perhaps a mask."""
+    seen: set[Node] = set()
+    stack = [reader.nodes[name]] if name in reader.nodes else []
+    while stack:
+        node = stack.pop()
+        value = value_of(node)
+        if node in seen or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        seen.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            if not node.meta.get("attncomp_state", False) and not needs_gradient(node):
+                return True
+        elif not is_contraction(node) and name_of(node) not in _BOUNDED:
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def _depends(captured: Iterable[Node], score: Node | None, anchor: Node) -> Node | None:

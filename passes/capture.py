@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.variant import Rejection
 
@@ -85,10 +87,21 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     for node in list(graph.graph.nodes):
         if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
             graph.graph.erase_node(node)
+    names = ["_buffers_"] * len(lifted) + [str(n.target) for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+    for node, x, name in zip(placeholders, (*lifted, *inputs), names, strict=True):
+        node.meta["attncomp_state"] = isinstance(x, torch.nn.Parameter) or ("_buffers_" in name and _moderate(x))
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["attncomp_state"] = _moderate(getattr(graph, str(node.target)))
     _mark_gradients(graph, [*(isinstance(t, torch.nn.Parameter) and t.requires_grad for t in lifted), *grad_inputs])
     graph.graph.lint()
     graph.recompile()
     return Captured(graph, lifted)
+
+
+def _moderate(x: Any) -> bool:
+    """Whether a buffer or constant holds no huge numbers, as masks do."""
+    return isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and bool((x.detach().abs() < HUGE).all())
 
 
 def _first_line(error: Exception) -> str:

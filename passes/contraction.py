@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
     name = name_of(node)
     if node.op != "call_function" or not isinstance(value_of(node), torch.Tensor):
         return None
-    if name in ("matmul", "bmm", "mm"):
+    if name in ("matmul", "bmm", "mm", "linalg_matmul"):
         left, right = node.args[0], node.args[1]
     elif name == "baddbmm":
         left, right = node.args[1], node.args[2]
@@ -79,12 +80,17 @@ def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
 
 def _einsum(node: Node) -> tuple[Node, Node, str, str, str] | None:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, list | tuple) or len(operands) != 2 or "->" not in equation or "." in equation:
+    if not isinstance(operands, list | tuple) or len(operands) != 2 or "->" not in equation:
         return None
     inputs, out = equation.split("->")
     if inputs.count(",") != 1:
         return None
     left, right = inputs.split(",")
+    if "." in equation:
+        spelled = _spell_ellipsis(left, right, out, [value_of(x).dim() for x in operands if isinstance(x, Node)])
+        if spelled is None:
+            return None
+        left, right, out = spelled
     if any(len(set(labels)) != len(labels) for labels in (left, right, out)):
         return None
     summed = (set(left) | set(right)) - set(out)
@@ -102,6 +108,21 @@ def _einsum(node: Node) -> tuple[Node, Node, str, str, str] | None:
     if any(isinstance(s, int) and s == 1 for s in sizes.values()):
         return None
     return a, b, left, right, out
+
+
+def _spell_ellipsis(left: str, right: str, out: str, ranks: list[int]) -> tuple[str, str, str] | None:
+    """Labels for the dimensions that ``...`` stands for, counted from the last; None if the result leaves any out."""
+    if len(ranks) != 2 or "..." not in out:
+        return None
+    free = "".join(c for c in string.ascii_letters if c not in left + right + out)
+    counts = [
+        rank - len(x.replace("...", "")) if "..." in x else 0 for x, rank in ((left, ranks[0]), (right, ranks[1]))
+    ]
+    most = max(counts)
+    if most > len(free) or min(counts) < 0:
+        return None
+    found = [x.replace("...", free[most - n : most]) for x, n in ((left, counts[0]), (right, counts[1]), (out, most))]
+    return found[0], found[1], found[2]
 
 
 def _labels(node: Node) -> tuple[Node, Node, str, str, str]:

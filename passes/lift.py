@@ -19,7 +19,7 @@ from attncomp.passes.site import Attempt, Missed, Site, location_of, module_of
 from attncomp.passes.symbols import NotAnIntegerError
 from attncomp.variant import Rejection
 
-_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax")
 
 
 def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from attncomp.expr import TRUE, Axis, Const, Expr, Load, Op, Score, Sum, add, and_, contains, not_, op, substitute, walk
@@ -15,6 +16,8 @@ NEGLIGIBLE = -1e9
 is zero."""
 
 _HALF_MINIMUM = -65504.0
+HUGE = 1e8
+"""Numbers from here on may stand for masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,22 @@ def may_be_minus_infinity(program: Expr) -> bool:
     return any(isinstance(a, Load) and a.of == "float" for a in _addends(program))
 
 
+def may_be_low(program: Expr, outside: Callable[[str], bool]) -> bool:
+    """Whether values may be as low as a finite fill: a huge constant, or an added tensor that may hold masks.
+
+    Where it is so, keys filled with finfo.min are not negligible beside keys that were lowered otherwise.
+    outside: whether the captured tensor of that name holds values that nothing in the graph bounds.
+    """
+    if any(isinstance(x, Const) and x.kind == "float" and abs(x.value) >= HUGE for x in walk(program)):
+        return True
+    return any(isinstance(a, Load) and a.of == "float" and outside(a.tensor) for a in _addends(program))
+
+
 def _addends(e: Expr) -> list[Expr]:
+    if isinstance(e, Op) and e.name in ("minimum", "maximum"):
+        return _addends(e.args[0]) + _addends(e.args[1])
+    if isinstance(e, Op) and e.name in ("mul", "div", "neg") and contains(e, Score):
+        return [x for a in e.args if contains(a, Score) for x in _addends(a)]  # what multiplies scores is no addend
     if isinstance(e, Op) and e.name in ("add", "sub"):
         return _addends(e.args[0]) + _addends(e.args[1])
     if isinstance(e, Op) and e.name == "where":

@@ -265,12 +265,23 @@ def _clamp(reader: Reader, node: Node, index: Index) -> Expr | None:
     return x
 
 
+_LONG_NAMES = {
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+}
+
 POINTWISE: dict[str, Rule] = {
-    **{n: _arithmetic(n) for n in ("add", "sub", "mul")},
+    **{n: _arithmetic(n) for n in ("add", "sub", "mul", "minimum", "maximum")},
+    "subtract": _arithmetic("sub"),
+    "multiply": _arithmetic("mul"),
     "rsub": _rsub,
-    **dict.fromkeys(("div", "true_divide", "floor_divide"), _div),
+    **dict.fromkeys(("div", "divide", "true_divide", "floor_divide"), _div),
     **dict.fromkeys(("remainder", "fmod"), _remainder),
     **{n: _compare(n) for n in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{longer: _compare(n) for longer, n in _LONG_NAMES.items()},
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _logical("and")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical("or")),
     **dict.fromkeys(("logical_not", "bitwise_not"), _logical("not")),
@@ -280,6 +291,8 @@ POINTWISE: dict[str, Rule] = {
         for n in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid")
     },
     **{n: _unary(n) for n in ("relu", "sin", "cos", "erf")},
+    "negative": _unary("neg"),
+    "absolute": _unary("abs"),
     "pow": _pow,
     "square": _square,
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), _clamp),

@@ -62,10 +62,10 @@ def prove(mask: Expr, extents: Mapping[str, Expr]) -> MaskProof:
     facts = (*band.facts, witness)
     return MaskProof(
         text=_text(band.names),
-        key_lo=_clamp_low(band.lo, extents),
-        key_hi=_clamp_high(band.hi, keys, extents),
-        query_lo=_clamp_low(band.query_lo, extents),
-        query_hi=_clamp_high(band.query_hi, queries, extents),
+        key_lo=_clamp(band.lo, keys, extents),
+        key_hi=_clamp(band.hi, keys, extents),
+        query_lo=_clamp(band.query_lo, queries, extents),
+        query_hi=_clamp(band.query_hi, queries, extents),
         residual=residual,
         row_nonempty=nonempty,
         facts=facts,
@@ -281,9 +281,5 @@ def _lesser(x: Expr, y: Expr, extents: Mapping[str, Expr]) -> Expr:
     return y if polynomial.at_least(sub(x, y), 0, extents) else minimum(x, y)
 
 
-def _clamp_low(e: Expr, extents: Mapping[str, Expr]) -> Expr:
-    return _larger(e, ZERO, extents)
-
-
-def _clamp_high(e: Expr, size: Expr, extents: Mapping[str, Expr]) -> Expr:
-    return _lesser(e, size, extents)
+def _clamp(e: Expr, size: Expr, extents: Mapping[str, Expr]) -> Expr:
+    return _larger(_lesser(e, size, extents), ZERO, extents)

@@ -131,6 +131,16 @@ def _gather_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     return reader.at(source, (*inner, *rest))
 
 
+def _index_select(reader: Reader, node: Node, index: Index) -> Expr | None:
+    source, d, indices = node.args[0], node.args[1], node.args[2]
+    assert isinstance(source, Node)
+    k = dimension(int(d), len(index))  # type: ignore[arg-type]
+    at = reader.operand(indices, (index[k],))
+    if at.kind != "int" or not polynomial.at_least(at, 0, reader.extents):
+        return None
+    return reader.at(source, (*index[:k], ZERO if shape_of(source)[k] == ONE else at, *index[k + 1 :]))
+
+
 def _arange(reader: Reader, node: Node, index: Index) -> Expr | None:
     overload = getattr(node.target, "_overloadname", "")
     start: Expr = ZERO
@@ -233,6 +243,7 @@ VALUES: dict[str, Rule] = {
     "diff": _diff,
     "stack": _stack,
     "index": _gather_index,
+    "index_select": _index_select,
     "arange": _arange,
     **dict.fromkeys(
         (

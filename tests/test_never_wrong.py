@@ -19,6 +19,7 @@ from tests.agreement import ALWAYS, agree, difference
 
 Function = Callable[..., Any]
 INF = float("-inf")
+OPTIONS: dict[str, Any] = {"policy": ALWAYS, "executor": "eager"}
 
 
 def heads(*shape: int, count: int = 3, grad: bool = True, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -606,6 +607,61 @@ def test_infinite_biases() -> None:
     agree(f, *heads(), bias)
 
 
+@pytest.mark.parametrize("how", ["before the scale", "after the scale", "under a softcap", "in another bias"])
+def test_rows_that_are_minus_infinity_in_a_captured_bias(how: str) -> None:
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT
+        if how == "before the scale":
+            return ((scores + bias) * 0.35).softmax(-1) @ v
+        if how == "under a softcap":
+            return (torch.tanh((scores + bias) / 3) * 3).softmax(-1) @ v
+        extra = bias if how == "after the scale" else bias.minimum(torch.zeros(16)) * 2.0
+        return (scores * 0.35 + extra).softmax(-1) @ v
+
+    bias = torch.randn(2, 1, 16, 16).masked_fill(torch.rand(16, 16) < 0.3, INF)
+    bias[1, :, 5] = INF
+    assert agree(f, *heads(), bias).site.verdict == "rewritten"
+
+
+@pytest.mark.parametrize("padding", ["float", "integer", "buffer"])
+def test_left_padding_beside_a_causal_mask_filled_with_the_minimum(padding: str) -> None:
+    """In the padding's rows every key has finfo.min once or twice: softmax is uniform over those that have it once."""
+    low = torch.finfo(torch.float32).min
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("bias", (torch.arange(16) < 4) * low)
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            scores = scores_of(q, k).masked_fill(~causal(16), low)
+            if padding == "buffer":
+                return (scores + self.get_buffer("bias")).softmax(-1) @ v
+            return (scores + (keep if padding == "float" else (1.0 - keep.float()) * low)).softmax(-1) @ v
+
+    keep = (torch.arange(16) >= torch.tensor([[4], [0]]))[:, None, None].long()
+    made = agree(Model(), *heads(), (1.0 - keep.float()) * low if padding == "float" else keep)
+    assert made.site.verdict == "rewritten"
+
+
+def test_a_learned_bias_beside_a_causal_mask_filled_with_the_minimum() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(32, 3)
+            self.register_buffer("slopes", torch.tensor([0.5, 0.25, 0.125])[:, None, None])
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            distance = torch.arange(16) - torch.arange(16)[:, None]
+            bias: torch.Tensor = self.table(distance + 15).permute(2, 0, 1) + self.get_buffer("slopes") * distance
+            scores = (scores_of(q, k) + bias).masked_fill(~causal(16), torch.finfo(torch.float32).min)
+            return scores.softmax(-1) @ v
+
+    assert agree(Model(), *heads()).verdicts == ["softmax rewritten mask=causal"]
+    with torch.no_grad():
+        assert agree(Model(), *heads()).verdicts == ["softmax rewritten mask=causal"]
+
+
 def test_huge_finite_biases_are_no_masks() -> None:
     """Relative order decides, however low the numbers are."""
 
@@ -644,7 +700,7 @@ def test_active_dropout_is_the_same_with_the_same_seed_where_it_is_kept() -> Non
 def test_active_dropout_drops_the_stated_share() -> None:
     """A fused kernel draws other numbers than eager: over many, mean and variance are those of dropped attention."""
     q, k, v = (x.expand(800, 2, 16, 8) for x in heads(1, 2, 16, 8, grad=False))
-    compiled = torch.compile(dropped, backend="attncomp", options={"policy": ALWAYS, "executor": "eager"})
+    compiled = torch.compile(dropped, backend="attncomp", options=OPTIONS)
     weights = scores_of(q[0], k[0]).softmax(-1)
     draws = compiled(q, k, v)
     expected, spread = weights @ v[0], (weights**2 @ v[0] ** 2) * 0.3 / 0.7
@@ -875,7 +931,7 @@ def test_one_compile_serves_other_lengths() -> None:
         i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
         return scores_of(q, k).masked_fill((j > i) | (j < i - 6), INF).softmax(-1) @ v
 
-    compiled = torch.compile(f, backend="attncomp", dynamic=True, options={"policy": ALWAYS, "executor": "eager"})
+    compiled = torch.compile(f, backend="attncomp", dynamic=True, options=OPTIONS)
     for n in (16, 5, 3, 40, 130):
         args = heads(2, 3, n, 8)
         torch.testing.assert_close(compiled(*args), f(*args), atol=1e-5, rtol=1e-5)
@@ -1023,10 +1079,11 @@ def test_cache_in_buffers() -> None:
             self.register_buffer("count", torch.tensor(0))
 
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-            self.keys[:, :, :16] = k
-            self.keys[:, :, 16:] += v
-            self.count += 1
-            return scores_of(q, self.keys).softmax(-1) @ self.keys, self.count
+            keys, count = self.get_buffer("keys"), self.get_buffer("count")
+            keys[:, :, :16] = k
+            keys[:, :, 16:] += v
+            count += 1
+            return scores_of(q, keys).softmax(-1) @ keys, count
 
     agree(Model(), *heads(grad=False), calls=3)
 
@@ -1099,7 +1156,7 @@ def test_activation_checkpointing() -> None:
 
 
 def test_checkpoint_around_the_compiled_function() -> None:
-    compiled = torch.compile(plain, backend="attncomp", options={"policy": ALWAYS, "executor": "eager"})
+    compiled = torch.compile(plain, backend="attncomp", options=OPTIONS)
     args = heads()
     expected = torch.autograd.grad(plain(*args).square().sum(), args)
     found = torch.autograd.grad(checkpoint(compiled, *args, use_reentrant=False).square().sum(), args)
@@ -1151,7 +1208,7 @@ def test_double_backward() -> None:
 
     args = heads()
     expected = second(plain, args)
-    compiled = torch.compile(plain, backend="attncomp", options={"policy": ALWAYS, "executor": "eager"})
+    compiled = torch.compile(plain, backend="attncomp", options=OPTIONS)
     try:
         found = second(compiled, args)
     except RuntimeError:
