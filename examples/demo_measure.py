@@ -21,7 +21,7 @@ import psutil
 import torch
 
 NEW_TOKENS = 32
-RUNS = 3
+RUNS = 2
 
 
 class PeakMemory:
