@@ -101,7 +101,9 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
 
 def _moderate(x: Any) -> bool:
     """Whether a buffer or constant holds no huge numbers, as masks do."""
-    return isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and bool((x.detach().abs() < HUGE).all())
+    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+        return False
+    return not x.is_floating_point() or bool((x.detach().abs() < HUGE).all())
 
 
 def _first_line(error: Exception) -> str:

@@ -110,6 +110,12 @@ class Program:
         for step in self.steps:
             if step[0] in ("bias", "scale_tensor"):
                 found.append(normal(*_broadcast(step[1], (b, h, i, j))))
+            elif step[0] == "low_bias":
+                low = float("-inf") if step[2] else torch.finfo(self.dtype).min
+                shape = _broadcast(step[1], (b, h, i, j))
+                found.append(
+                    torch.zeros(shape, dtype=self.dtype).masked_fill(torch.rand(shape, generator=generator) < 0.4, low)
+                )
             elif step[0] in ("alibi", "decay"):
                 found.append(torch.rand(h, generator=generator, dtype=torch.float64).to(self.dtype) * 0.5 + 0.3)
             elif step[0] == "relative":
@@ -285,6 +291,8 @@ def _step(
         if name == "scale_tensor":
             return s * x
         return x + s if step[2] else s - x
+    if name == "low_bias":
+        return s + fitted(next(extra))
     if name == "softcap":
         return torch.tanh(s / 5.0) * 5.0
     if name == "alibi":
@@ -418,6 +426,7 @@ _flags = st.lists(st.booleans(), min_size=1, max_size=4).map(tuple)
 _score_steps = st.one_of(
     st.tuples(st.just("scale"), st.sampled_from([0.5, 0.125, 2.0, -1.5]), st.booleans()),
     st.tuples(st.just("bias"), _flags, st.booleans()),
+    st.tuples(st.just("low_bias"), _flags, st.booleans()),
     st.tuples(st.just("scale_tensor"), _flags),
     st.just(("softcap",)),
     st.just(("alibi",)),
