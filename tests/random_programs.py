@@ -70,6 +70,11 @@ class Program:
             and not set(self.after) & {"escape", "twice", "roll"}
         )
 
+    def expected(self, dynamic: bool) -> bool:
+        """Whether a site should be rewritten: groups of heads that are known only at run time are not."""
+        known = not dynamic or self.sizes[2] == 1 or self.layout in ("packed", "merged")
+        return known and self.is_attention
+
     def _sees_keys(self) -> bool:
         b, _, _, i, j, _, _ = self.sizes
         rows, columns = torch.arange(i)[:, None], torch.arange(j)[None, :]
