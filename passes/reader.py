@@ -97,7 +97,7 @@ class Reader:
             step = self.view_step(node, index)
             if step is not None:
                 source, inner = step
-                if name_of(node) == "detach" and value.dtype.is_floating_point:
+                if name_of(node) == "detach" and source.meta.get("attncomp_grad", True):
                     return self.load(node, index)  # gradients stop here
                 return self.at(source, inner)
             rule = VALUES.get(name_of(node))
