@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ is zero."""
 _HALF_MINIMUM = -65504.0
 HUGE = 1e8
 """Numbers from here on may stand for masks."""
+_NEAR_THE_LARGEST = 1e30
+_LARGEST_FLOAT = 3.4028235e38
+_LARGEST_DOUBLE = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +77,44 @@ def split_zeros(program: Expr) -> tuple[Expr, Expr]:
 
 
 def may_be_minus_infinity(program: Expr) -> bool:
-    """Whether values, and so whole rows, may be -inf: an infinite constant, or a captured float that is added."""
+    """Whether values, and so whole rows, may be -inf.
+
+    They may by an infinite constant, by a captured float that is added, or where two masks of finfo.min add up.
+    """
+    if _overflows(program):
+        return True
     for node in walk(program):
         if isinstance(node, Const) and node.kind == "float" and node.value == -math.inf:
             return True
         if isinstance(node, Op) and node.name in ("log", "log2", "div", "reciprocal"):
             return True
     return any(isinstance(a, Load) and a.of == "float" for a in _addends(program))
+
+
+def _overflows(program: Expr) -> bool:
+    huge = [abs(float(x.value)) for x in walk(program) if isinstance(x, Const) and math.isfinite(x.value)]
+    if not any(x >= _NEAR_THE_LARGEST for x in huge):
+        return False
+    largest = _LARGEST_DOUBLE if max(huge) > _LARGEST_FLOAT else _LARGEST_FLOAT
+    return _magnitude(program) > largest
+
+
+def _magnitude(e: Expr) -> float:
+    """A bound on the absolute value, where scores and captured numbers are moderate."""
+    if isinstance(e, Const):
+        return abs(float(e.value))
+    if not isinstance(e, Op):
+        return HUGE
+    parts = [_magnitude(a) for a in e.args]
+    if e.name in ("add", "sub"):
+        return parts[0] + parts[1]
+    if e.name == "mul":
+        return parts[0] * parts[1]
+    if e.name == "where":
+        return max(parts[1:])
+    if e.name in ("neg", "abs", "relu", "minimum", "maximum", "to_float"):
+        return max(parts)
+    return 1.0 if e.name in ("tanh", "sigmoid", "sin", "cos", "erf") else math.inf
 
 
 def may_be_low(program: Expr, outside: Callable[[str], bool]) -> bool:

@@ -59,13 +59,12 @@ class Program:
     def is_attention(self) -> bool:
         """Whether this is one attention by construction, which should be rewritten (and some key is seen at all)."""
         odd = {"sort", "cumsum", "center", "topk", "symmetric"}
-        if not self._sees_keys():
+        if self.sizes[4] == 1 or not self._sees_keys():
             return False
         if self.axis is None:
             return any(s[0] == "decay" or (s[0] == "mask" and s[1][0] == "tril") for s in self.steps)
         return (
             self.axis == "keys"
-            and self.sizes[4] > 1
             and not {s[0] for s in self.steps} & odd
             and not set(self.after) & {"escape", "twice", "roll"}
         )

@@ -698,6 +698,24 @@ def test_a_learned_bias_beside_a_causal_mask_filled_with_the_minimum() -> None:
         assert agree(Model(), *heads()).verdicts == ["softmax rewritten mask=causal"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_minima_add_up_to_minus_infinity(dtype: torch.dtype) -> None:
+    def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        low = torch.finfo(q.dtype).min
+        return (scores_of(q, k) + (1.0 - a.to(q.dtype)) * low + (1.0 - b.to(q.dtype)) * low).softmax(-1) @ v
+
+    def doubled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ((scores_of(q, k) + (~a).to(q.dtype) * torch.finfo(q.dtype).min) * 2.0).softmax(-1) @ v
+
+    a, b = (torch.rand(2, 1, 16, 16) < 0.5 for _ in range(2))
+    a[0, :, 3] = False
+    b[0, :, 3] = False
+    for f in (twice, doubled):
+        made = agree(f, *heads(dtype=dtype), a, b)
+        assert made.site.verdict == "rewritten"
+        assert bool(made.eager.outputs.isnan().any())
+
+
 def test_huge_finite_biases_are_no_masks() -> None:
     """Relative order decides, however low the numbers are."""
 
