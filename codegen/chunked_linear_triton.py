@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.head_factors import HeadFactors, evaluate_factors
+from attncomp.codegen.launch import Launch, on_device
 from attncomp.codegen.linear_chunk_source import (
     LENGTHS,
     LOG2E,
@@ -55,6 +55,7 @@ class Launcher:
         self.options = {name: int(plan.params[name]) for name in ("num_warps", "num_stages")}
         source = linear_chunk_source(plan, form)
         self.module = kernel_module(source, name="linear_chunk", variant="chunked_linear", key={"plan": plan.digest})
+        self._launches: dict[str, Launch] = {}
 
     def forward(
         self,
@@ -70,7 +71,7 @@ class Launcher:
         wants_sums = self.form.normaliser == "sum"
         sums = q.new_empty((batch, heads, length) if wants_sums else (0,), dtype=torch.float32)
         named = {"q": q, "k": k, "v": v, "sums": sums, **self._factors(q, captured, sizes)}
-        with _on(q.device):
+        with on_device(q.device):
             self._run(self.sweeps["forward"], named, out)
         return out, sums
 
@@ -88,7 +89,7 @@ class Launcher:
         """[dq, dk, dv], contiguous."""
         named = {"q": q, "k": k, "v": v, "grad": grad, **self._factors(q, captured, sizes)}
         batch, heads, length, _ = q.shape
-        with _on(q.device):
+        with on_device(q.device):
             if self.form.normaliser == "sum":
                 named["row_weight"] = torch.empty_like(sums)
                 named["delta"] = torch.empty_like(sums)
@@ -134,26 +135,29 @@ class Launcher:
         if segments > 1:
             states = out.new_empty((batch * heads, segments, sweep.state_size), dtype=torch.float32)
             values["states"] = states
-            local = getattr(self.module, f"{sweep.name}_state")
-            local[(programs * (segments - 1),)](*(values[a] for a in sweep.state_arguments), **self.options)
+            local = [values[a] for a in sweep.state_arguments]
+            self._launch(f"{sweep.name}_state", programs * (segments - 1), local)
             factors = [named[p] for p in self.pointers if p != "scale"]
-            scan = getattr(self.module, f"{sweep.name}_scan")
-            scan[(batch * heads * sweep.scan_blocks,)](states, *factors, segments, each * self.chunk)
-        kernel = getattr(self.module, sweep.name)
-        kernel[(programs * segments,)](*(values[a] for a in sweep.arguments), **self.options)
+            scanned = [states, *factors, segments, each * self.chunk]
+            self._launch(f"{sweep.name}_scan", batch * heads * sweep.scan_blocks, scanned, plain=True)
+        self._launch(sweep.name, programs * segments, [values[a] for a in sweep.arguments])
 
     def _row_terms(self, named: dict[str, torch.Tensor], out: torch.Tensor, sums: torch.Tensor) -> None:
         batch, heads, length = sums.shape
         grad = named["grad"]
         scale = [named["scale"]] if "scale" in self.pointers else []
         terms = (named["row_weight"], named["delta"])
-        grid = (-(-length // self.chunk) * batch * heads,)
-        if grid[0]:
-            self.module.row_terms[grid](out, grad, sums, *scale, *terms, *out.stride(), *grad.stride(), length)
+        values = [out, grad, sums, *scale, *terms, *out.stride(), *grad.stride(), length]
+        self._launch("row_terms", -(-length // self.chunk) * batch * heads, values, plain=True)
 
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    def _launch(self, kernel: str, grid: int, values: Sequence[Any], *, plain: bool = False) -> None:
+        """plain: with Triton's own number of warps and stages. Every kernel takes its tensors before its integers."""
+        launch = self._launches.get(kernel)
+        if launch is None:
+            launch = Launch(getattr(self.module, kernel), **({} if plain else self.options))
+            self._launches[kernel] = launch
+        first = next(n for n, value in enumerate(values) if not isinstance(value, torch.Tensor))
+        launch(grid, values[:first], values[first:])
 
 
 def _factor(found: HeadFactors, name: str) -> torch.Tensor:

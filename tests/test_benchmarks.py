@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import linear, measure, models
+from benchmarks import linear, measure, models, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +32,16 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     own = [row for row in rows(said) if row[0] == "attncomp"]
     assert len(own) == 2
     assert float(own[0][3]) < 1e-5
+
+
+def test_zoo(capsys: pytest.CaptureFixture[str]) -> None:
+    zoo.main([*TINY, "--models", "^(T5|Swin|diffusion|GPT-2 medium sdpa)"])
+    said = capsys.readouterr().out
+    assert said.count("2 of 2 sites rewritten") == 5
+    assert "4 of 4 sites rewritten" in said
+    own = rows(said)[1:]
+    assert len(own) == 6
+    assert max(float(row[-2]) for row in own) < 1e-5
 
 
 def test_linear(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from attncomp.codegen.compile import has_triton, interprets, kernel_module
+from attncomp.codegen.launch import Boxes, Launch, describable, on_device
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import LONGEST, UnprintableError
 from attncomp.codegen.tiled_backward_source import (
@@ -178,53 +178,32 @@ def _learned(spec: AttentionSpec) -> Rejection | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
 class _Kernel:
     """A loaded kernel and where its arguments come from."""
 
-    function: Any
-    arguments: Arguments
-    tile: Mapping[str, int]
+    __slots__ = ("_arguments", "_boxes", "_launch", "_strides", "block_m", "block_n")
+
+    def __init__(self, function: Any, arguments: Arguments, tile: Mapping[str, int]) -> None:
+        self._launch = Launch(function, tile["num_warps"], tile["num_stages"])
+        self._arguments = arguments
+        self._boxes = [(d.tensor, Boxes(tile[d.rows], d.width)) for d in arguments.described]
+        self._strides = [(t, dim) for t, dim, _ in arguments.strides]
+        self.block_m = tile["block_m"]
+        self.block_n = tile["block_n"]
 
     def launch(
         self, grid: int, named: Mapping[str, torch.Tensor], lengths: Mapping[str, int], sizes: Sequence[int]
     ) -> None:
-        if grid == 0:
-            return
-        arguments, tile = self.arguments, self.tile
-        values: list[Any] = [_descriptor(named[d.tensor], tile[d.rows], d.width) for d in arguments.described]
-        values += [named[t] for t in arguments.tensors]
-        for t, dim, _ in arguments.strides:
+        numbers = []
+        for t, dim in self._strides:
             tensor = named[t]
             # A dimension of size 1 is broadcast: it is read at index 0 whatever the index.
-            values.append(tensor.stride(dim) if tensor.shape[dim] != 1 else 0)
-        values += [lengths[name] for name in arguments.lengths]
-        values += [sizes[n] for n in arguments.symbols]
-        device = named["q"].device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.function[(grid,)](*values, num_warps=tile["num_warps"], num_stages=tile["num_stages"])
-
-
-def _describable(tensor: torch.Tensor) -> bool:
-    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, nothing broadcast."""
-    item = tensor.element_size()
-    *outer, last = tensor.stride()
-    return (
-        last == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s * item % 16 == 0) for n, s in zip(tensor.shape, outer, strict=False))
-    )
-
-
-def _descriptor(tensor: torch.Tensor, rows: int, width: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    # A dimension of size 1 may have any stride in PyTorch; the hardware wants multiples of 16 bytes.
-    strides = [
-        s if n != 1 else max(tensor.shape[-1] // 16 * 16, 16)
-        for n, s in zip(tensor.shape[:-1], tensor.stride(), strict=False)
-    ]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
+            numbers.append(tensor.stride(dim) if tensor.shape[dim] != 1 else 0)
+        arguments = self._arguments
+        numbers += [lengths[name] for name in arguments.lengths]
+        numbers += [sizes[n] for n in arguments.symbols]
+        boxes = [b.of(named[t]) for t, b in self._boxes] if grid else ()
+        self._launch(grid, [named[t] for t in arguments.tensors], numbers, boxes)
 
 
 class _Launcher:
@@ -239,7 +218,7 @@ class _Launcher:
         """The kernels of the forward or the backward pass, in the form that suits how the tensors lie in memory."""
         batch = named["q"].shape[0]
         descriptors = bool(self.plan.params["descriptors"]) and all(
-            named[t].shape[0] == batch and _describable(named[t]) for t in DESCRIBED if t in named
+            named[t].shape[0] == batch and describable(named[t]) for t in DESCRIBED if t in named
         )
         loaded = self._kernels.get((direction, descriptors))
         if loaded is None:
@@ -277,8 +256,10 @@ class _Launcher:
         with_lse = spec.normaliser.kind == "softmax"
         lse = torch.empty((batch, heads, queries) if with_lse else (0,), dtype=torch.float32, device=q.device)
         named = {"q": q, "k": k, "v": v, "out": out, "stat": lse, **self._captured(captured, q.device)}
-        grid = self._tiles("forward", "block_m", queries) * batch * heads
-        self._load("forward", named)["forward"].launch(grid, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
+        with on_device(q.device):
+            kernel = self._load("forward", named)["forward"]
+            grid = _tiles(queries, kernel.block_m) * batch * heads
+            kernel.launch(grid, named, {"TQ": queries, "TK": k.shape[2]}, sizes)
         return out.transpose(1, 2), lse
 
     def backward(
@@ -313,24 +294,21 @@ class _Launcher:
         named.update(by_name, delta=rows[0], shifts=rows[1], spreads=rows[2])
         named.update((f"g{name}", tensor) for name, tensor in learned.items())
         lengths = {"TQ": queries, "TK": keys, "NB": batch}
-        kernels = self._load("backward", named)
-
-        def launch(kernel: str, grid: int) -> None:
-            kernels[kernel].launch(grid, named, lengths, sizes)
-
-        if "prepare" in kernels:
-            launch("prepare", self._tiles("prepare", "block_m", queries) * batch * heads)
-        launch("keys", self._tiles("keys", "block_n", keys) * batch * key_heads)
-        launch("queries", self._tiles("queries", "block_m", queries) * batch * heads)
-        tiles = self._tiles("pairs", "block_m", queries) * self._tiles("pairs", "block_n", keys) if pairs else 0
-        for n, x in enumerate(pairs):
-            kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
-            launch(f"pairs_{n}", tiles * kept)
+        with on_device(q.device):
+            kernels = self._load("backward", named)
+            query_tiles = {name: _tiles(queries, kernel.block_m) for name, kernel in kernels.items()}
+            if "prepare" in kernels:
+                kernels["prepare"].launch(query_tiles["prepare"] * batch * heads, named, lengths, sizes)
+            key_tiles = _tiles(keys, kernels["keys"].block_n)
+            kernels["keys"].launch(key_tiles * batch * key_heads, named, lengths, sizes)
+            kernels["queries"].launch(query_tiles["queries"] * batch * heads, named, lengths, sizes)
+            for n, x in enumerate(pairs):
+                name = f"pairs_{n}"
+                kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
+                tiles = query_tiles[name] * _tiles(keys, kernels[name].block_n)
+                kernels[name].launch(tiles * kept, named, lengths, sizes)
         grads = [dq, _summed_to(dk, k), _summed_to(dv, v)]
         return grads + [learned[name].to(by_name[name].dtype) for name in learned]
-
-    def _tiles(self, kernel: str, block: str, length: int) -> int:
-        return -(-length // int(self.plan.params[kernel][block]))
 
     def _captured(self, captured: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         # A number that a model keeps on the CPU may meet CUDA tensors in PyTorch; a kernel needs it on the device.
@@ -338,6 +316,10 @@ class _Launcher:
             t.name: c if c.device == device else c.to(device)
             for t, c in zip(self.plan.spec.captured, captured, strict=True)
         }
+
+
+def _tiles(length: int, block: int) -> int:
+    return -(-length // block)
 
 
 def _summed_to(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,17 @@ _TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
     """Runs cases in one process where Triton is imported with its interpreter on; here it stays a compiler."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:
-        yield lambda *args: pool.submit(interpreted_errors, *args).result(timeout=300)
+
+        def run(*args: Any) -> dict[str, float]:
+            try:
+                return pool.submit(interpreted_errors, *args).result(timeout=300)
+            except Exception as error:
+                # Triton 3.6 converts an array of one element to an int, which NumPy no longer allows.
+                if "only 0-dimensional arrays can be converted" not in str(error):
+                    raise
+                pytest.skip("this Triton's interpreter does not run with this NumPy")
+
+        yield run
 
 
 def _parameters() -> list[Any]:
