@@ -45,7 +45,29 @@ def _sum(x: Terms, y: Terms, sign: int) -> Terms:
             result[monomial] = total
         else:
             result.pop(monomial, None)
-    return result
+    return _rejoined(result)
+
+
+def _rejoined(polynomial: Terms) -> Terms:
+    """The same with ``n * (x // n) + x % n`` put together again to ``x``, as views undo each other."""
+    for monomial, c in polynomial.items():
+        for atom in monomial:
+            if not (isinstance(atom, Op) and atom.name == "mod"):
+                continue
+            x, n = atom.args
+            size = terms(n)
+            if len(size) != 1:
+                continue
+            ((factors, times),) = size.items()
+            whole = (floordiv(x, times) if not factors else None) or Op("floordiv", (x, n))
+            rest = list(monomial)
+            rest.remove(atom)
+            partner = tuple(sorted((*rest, whole, *factors), key=_key))
+            if polynomial.get(partner) != c * times:
+                continue
+            left = {m: k for m, k in polynomial.items() if m not in (monomial, partner)}
+            return _sum(left, _product({tuple(rest): c}, terms(x)), 1)
+    return polynomial
 
 
 def _product(x: Terms, y: Terms) -> Terms:

@@ -70,20 +70,25 @@ def assemble(
     key_axes = frozenset().union(*(axes_of(a) for a in key[1]))
     widths = [n for n in names if n in value_axes and n not in axes_of(score_load) and n not in weight_axes]
     rows = [n for n in names if n not in value_axes and n not in key_axes]
-    if len(widths) != 1:
+    if len(widths) > 1:
         return Rejection("value-layout", f"{len(widths)} axes of the output come from the values alone; one is needed")
+    if not widths:
+        widths = ["width"]  # values of width 1
+        extents["width"] = ONE
+    width = widths[0]
     if not rows:
         single = [p for p, e in enumerate(axes.index) if e == ZERO]
-        if not single:
-            return Rejection("query-layout", "no axis of the output belongs to the queries alone")
-        row = f"x{single[-1]}"  # one query: its axis has size 1 and does not appear in indices
-        names.insert(sum(len(merged_names(e)) for e in axes.index[: single[-1]]), row)
-        index = list(axes.index)
-        index[single[-1]] = Axis(row)
-        axes = Axes(tuple(index), extents)
+        if single:
+            row = f"x{single[-1]}"  # one query: its axis has size 1 and does not appear in indices
+            names.insert(sum(len(merged_names(e)) for e in axes.index[: single[-1]]), row)
+            index = list(axes.index)
+            index[single[-1]] = Axis(row)
+            axes = Axes(tuple(index), extents)
+        else:
+            row = "row"  # one query for each of the batch: the output has no axis for it
+            extents["row"] = ONE
     else:
         row = rows[-1]
-    width = widths[0]
     batch = tuple(n for n in names if n not in (row, width))
     extents["d"] = extents.get("d", ONE)
     if any(s == ZERO for s in (*extents.values(), extents["d"])):

@@ -1,4 +1,8 @@
-"""Contractions in a graph: matmul, bmm, mm, baddbmm and einsum as one thing, an output index and a summed axis."""
+"""Contractions in a graph as one thing, an output index and a summed axis.
+
+They are matmul, bmm, mm, baddbmm, addmm, einsum, a linear layer whose weight is computed from data, and a product
+summed over one dimension.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def contract(node: Node, index: Index, k: Expr) -> Contraction:
 
 
 def _summed(left: str, right: str, out: str) -> str:
-    return next(c for c in left if c not in out)
+    return next(c for c in left if c not in out and c in right)
 
 
 def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
@@ -57,17 +61,23 @@ def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
         return None
     if name in ("matmul", "bmm", "mm", "linalg_matmul"):
         left, right = node.args[0], node.args[1]
-    elif name == "baddbmm":
+    elif name in ("baddbmm", "addmm"):
         left, right = node.args[1], node.args[2]
+    elif name == "linear":
+        return _linear(node)
     elif name == "einsum":
         return _einsum(node)
+    elif name == "sum":
+        return _summed_product(node)
     else:
         return None
     if not (isinstance(left, Node) and isinstance(right, Node)):
         return None
+    if name == "addmm" and not _is_data(right):
+        return None  # a linear layer
     ranks = value_of(left).dim(), value_of(right).dim()
     if min(ranks) < 2:
-        return None
+        return _with_vector(left, right, ranks)
     batch = "".join(chr(ord("A") + n) for n in range(max(ranks) - 2))
     return (
         left,
@@ -78,10 +88,83 @@ def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
     )
 
 
+def _with_vector(left: Node, right: Node, ranks: tuple[int, int]) -> tuple[Node, Node, str, str, str] | None:
+    """``matmul`` with a vector: its only dimension is the summed one."""
+    if max(ranks) < 2 or min(ranks) < 1:
+        return None
+    batch = "".join(chr(ord("A") + n) for n in range(max(ranks) - 2))
+    if ranks[0] == 1:
+        return left, right, "k", batch + "kn", batch + "n"
+    return left, right, batch + "mk", "k", batch + "m"
+
+
+def _is_data(node: Node) -> bool:
+    """Whether a tensor depends on more than the model's own parameters and buffers."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder" and not current.meta.get("attncomp_state", False):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+def _linear(node: Node) -> tuple[Node, Node, str, str, str] | None:
+    """``F.linear(x, w)`` where w is no weight of the model."""
+    x, w = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if bias is not None or not (isinstance(x, Node) and isinstance(w, Node)):
+        return None
+    ranks = value_of(x).dim(), value_of(w).dim()
+    if ranks[0] < 2 or ranks[1] != 2 or not _is_data(w):
+        return None
+    batch = "".join(chr(ord("A") + n) for n in range(ranks[0] - 2))
+    return x, w, batch + "mk", "nk", batch + "mn"
+
+
+def _summed_product(node: Node) -> tuple[Node, Node, str, str, str] | None:
+    """``(x * y).sum(d)``, where both vary along d."""
+    product, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if not (isinstance(product, Node) and isinstance(dims, list | tuple) and len(dims) == 1):
+        return None
+    if name_of(product) != "mul" or not value_of(node).dtype.is_floating_point:
+        return None
+    x, y = product.args[:2]
+    if not all(isinstance(a, Node) and isinstance(value_of(a), torch.Tensor) for a in (x, y)):
+        return None
+    assert isinstance(x, Node)
+    assert isinstance(y, Node)
+    if len({value_of(a).dtype for a in (x, y, product, node)}) != 1:
+        return None
+    rank = value_of(product).dim()
+    if rank > len(string.ascii_lowercase):
+        return None
+    labels = string.ascii_lowercase[:rank]
+    d = int(dims[0]) % rank  # type: ignore[arg-type]
+    left, right = (labels[rank - value_of(a).dim() :] for a in (x, y))
+    for operand, its in ((x, left), (y, right)):
+        if labels[d] not in its:
+            return None
+        size = value_of(operand).shape[its.index(labels[d])]
+        if isinstance(size, int) and size == 1:
+            return None
+    keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
+    return x, y, left, right, labels[:d] + ("Z" if keep else "") + labels[d + 1 :]
+
+
 def _einsum(node: Node) -> tuple[Node, Node, str, str, str] | None:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, list | tuple) or len(operands) != 2 or "->" not in equation:
+    if not isinstance(operands, list | tuple) or len(operands) != 2:
         return None
+    if "->" not in equation:
+        if "." in equation:
+            return None
+        letters = equation.replace(",", "")  # those that appear once, in alphabetical order
+        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     inputs, out = equation.split("->")
     if inputs.count(",") != 1:
         return None
@@ -143,7 +226,7 @@ def reaches_contraction(node: Node, depth: int = 24) -> bool:
         seen.add(current)
         if is_contraction(current):
             return True
-        if name_of(current) in ("linear", "conv2d", "conv1d", "embedding", "addmm"):
+        if name_of(current) in ("linear", "conv2d", "conv1d", "embedding", "addmm"):  # layers; contractions are above
             continue
         queue.extend((a, steps + 1) for a in current.all_input_nodes)
     return False

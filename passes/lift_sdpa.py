@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from attncomp.expr import Const, Expr, Load, Weight, add, floordiv, ge, mul, op, to_float, where
+from attncomp.expr import ONE, Const, Expr, Load, Weight, add, floordiv, ge, mul, op, to_float, where
 from attncomp.passes.assemble import assemble
 from attncomp.passes.axes import Axes
 from attncomp.passes.mask import may_be_minus_infinity, split_mask
@@ -26,15 +26,15 @@ def lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
     causal = bool(argument(node, 5, "is_causal", False))
     scale = node.kwargs.get("scale")
     grouped = bool(node.kwargs.get("enable_gqa", False))
-    if value_of(q).dim() < 3:
-        yield Rejection("rank", "SDPA on fewer than 3 dimensions")
+    if min(value_of(x).dim() for x in (q, k, v)) < 2:
+        yield Rejection("rank", "SDPA on fewer than 2 dimensions")
     axes = Axes.of_output(node)
     extents = axes.extents
     reader = Reader(graph, extents, narrowest=value_of(node).dtype)
     extents["j"] = shape_of(k)[-2]
     extents["d"] = shape_of(q)[-1]
     *batch, i, e = axes.index
-    heads, kv_heads = shape_of(q)[-3], shape_of(k)[-3]
+    heads, kv_heads = (shape_of(x)[-3] if value_of(x).dim() > 2 else ONE for x in (q, k))
     kv_batch: list[Expr] = list(batch)
     if grouped and heads != kv_heads:
         if not (

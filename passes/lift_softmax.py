@@ -8,7 +8,7 @@ from torch.fx import Node
 from attncomp.expr import Axis, Const, Expr, Weight, loads_of, substitute
 from attncomp.passes.axes import Axes, split_merged
 from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
-from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.nodes import argument, is_one, name_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
 from attncomp.passes.site import Attempt
@@ -99,6 +99,8 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
     dim = argument(softmax, 1, "dim")
     index = at[0].index
     dim = dim + len(index) if dim < 0 else dim
+    if is_one(value_of(softmax).shape[dim]):
+        yield Rejection("single-key", "a softmax over one key is 1: there is nothing to choose")
     if index[dim] != J:
         yield Rejection(
             "softmax-axis",

@@ -36,13 +36,9 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
         q, k, v = args[:3]
         captured = args[3 : 3 + len(site.captured)]
         sizes = args[3 + len(site.captured) :]
-        return _restore(
-            variant.build(plan, _query(q, site), _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes),
-            q,
-            k,
-            v,
-            site,
-        )
+        query = _query(q, site, _batch_sizes(site, q, k, v))
+        found = variant.build(plan, query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
+        return _restore(found, q, k, v, site)
 
     values = [value_of(n) for n in nodes]
     fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
@@ -146,11 +142,10 @@ def _batch_sizes(site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     return sizes
 
 
-def _query(q: torch.Tensor, site: Site) -> torch.Tensor:
+def _query(q: torch.Tensor, site: Site, sizes: Sequence[Any]) -> torch.Tensor:
+    """Queries as (B, H, T, width), every batch axis expanded to its size."""
     t = _arranged(q, site.q.dims)
-    sizes = site.layout.sizes
-    full = [int(s.value) if isinstance(s, Const) else -1 for s in sizes]
-    t = t.expand([*full, -1, -1])
+    t = t.expand([*(-1 if s is None else s for s in sizes), -1, -1])
     return _merge(t, site.layout)
 
 

@@ -37,6 +37,9 @@ def _smaller(x: Expr, y: Expr) -> bool:
     a, b = polynomial.constant(x), polynomial.constant(y)
     if a is not None and b is not None:
         return a < b
+    gap = polynomial.difference(y, x).values()
+    if all(c > 0 for c in gap) or all(c < 0 for c in gap):
+        return all(c > 0 for c in gap)
     degree = [max((len(m) for m in polynomial.terms(e)), default=0) for e in (x, y)]
     return degree[0] < degree[1] if degree[0] != degree[1] else a is not None
 

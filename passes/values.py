@@ -29,6 +29,7 @@ from attncomp.expr import (
     sub,
     where,
 )
+from attncomp.passes.contraction import is_contraction
 from attncomp.passes.nodes import EXACT_INTEGERS, Index, argument, dimension, kind_of, name_of, shape_of, value_of
 from attncomp.passes.pointwise import POINTWISE, Rule
 
@@ -221,6 +222,8 @@ def _sum(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 def _baddbmm(reader: Reader, node: Node, index: Index) -> Expr | None:
     """``beta * input + alpha * (a @ b)``; the product is the node's own contraction, called ``<node>.product``."""
+    if not is_contraction(node):
+        return None
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     name = f"{node.name}.product"
     reader.nodes[name] = node
@@ -263,5 +266,5 @@ VALUES: dict[str, Rule] = {
     ),
     "cumsum": _cumsum,
     "sum": _sum,
-    "baddbmm": _baddbmm,
+    **dict.fromkeys(("baddbmm", "addmm"), _baddbmm),
 }

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Expr
 from attncomp.passes.capture import Captured, capture
-from attncomp.passes.lower import _keyed, _query, _restore
+from attncomp.passes.lower import _batch_sizes, _keyed, _query, _restore
 from attncomp.passes.nodes import value_of
 from attncomp.passes.rewrite import size_hints
 from attncomp.passes.site import Site
@@ -62,7 +62,7 @@ def check_site(captured: Captured, site: Site, inputs: Sequence[Any], tolerance:
         hints = size_hints(site)
         known = {str(value_of(n)): x for n, x in given.items() if isinstance(value_of(n), torch.SymInt)}
         sizes = [known.get(name, hints[f"symbol {name}"]) for name in site.spec.symbols]
-        canonical = _query(q, site), _keyed(k, site, site.k), _keyed(v, site, site.v)
+        canonical = _query(q, site, _batch_sizes(site, q, k, v)), _keyed(k, site, site.k), _keyed(v, site, site.v)
         # in the graph's own precision: where masks are huge numbers, rounding decides what is equal
         dtype = torch.promote_types(expected.dtype, torch.float32)
         found = _restore(attention_reference(site.spec, *canonical, tensors, sizes, dtype), q, k, v, site)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import Axis, Const, Expr, Size, add, mul, substitute
+from attncomp.expr import Axis, Const, Expr, Size, add, floordiv, mod, mul, substitute
 from attncomp.passes.reshape import divide, remainder, reshape_index
 
 
@@ -87,3 +87,23 @@ def test_divide_and_remainder() -> None:
     for n in (2, 3, 4, 7, 20):
         assert torch.equal(evaluate_tensor(divide(e, Const(n), extents), grid).expand(5, 4), flat // n)
         assert torch.equal(evaluate_tensor(remainder(e, Const(n), extents), grid).expand(5, 4), flat % n)
+
+
+def test_what_a_view_takes_apart_its_inverse_joins() -> None:
+    x, n = Axis("x"), Size("n")
+    for count in (Const(4), n):
+        assert add(mul(floordiv(x, count), count), mod(x, count)) == x
+    digits = add(mul(mod(floordiv(x, Const(4)), Const(3)), Const(4)), mod(x, Const(4)))
+    assert add(digits, mul(floordiv(x, Const(12)), Const(12))) == x
+    other = add(mul(floordiv(x, Const(4)), Const(4)), mod(x, Const(8)))
+    grid = Grid({"x": (0, 30)}, {}, torch.device("cpu"))
+    at = torch.arange(30)
+    assert torch.equal(evaluate_tensor(other, grid), at // 4 * 4 + at % 8)
+
+
+def test_a_batch_merged_with_windows_may_be_symbolic() -> None:
+    b = Size("b")
+    extents: dict[str, Expr] = {"x": mul(b, Const(4)), "y": Const(5)}
+    shape = (b, Const(4), Const(5))
+    split = reshape_index(shape, (mul(b, Const(4)), Const(5)), (Axis("x"), Axis("y")), extents)
+    assert split == (floordiv(Axis("x"), Const(4)), mod(Axis("x"), Const(4)), Axis("y"))
