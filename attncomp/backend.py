@@ -21,6 +21,7 @@ from attncomp.codegen.cache import configure_default_cache
 from attncomp.codegen.fingerprint import sources_fingerprint
 from attncomp.codegen.variants import VARIANTS
 from attncomp.errors import AttncompError, OptionsError
+from attncomp.executor import eager
 from attncomp.passes.rewrite import Rewritten, rewrite
 from attncomp.policy import Policy, check_variants, load_policy
 from attncomp.report import Report, record
@@ -65,7 +66,7 @@ def attncomp(
         target, lifted = result.captured.graph, result.captured.lifted
     inputs = [*lifted, *example_inputs]
     if own.get("executor", "inductor") == "eager":
-        compiled: Callable[..., Any] = target.forward
+        compiled: Callable[..., Any] = eager(target)
     else:
         compiled = _inductor(target, inputs, mode, inductor_options)
     if not lifted:

@@ -17,8 +17,10 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
+from attncomp.passes.opaque import restore
 from attncomp.variant import Rejection
 
 _VIEW_NAMES = frozenset(
@@ -48,15 +50,21 @@ _VIEW_NAMES = frozenset(
 class Captured:
     """A functional graph that takes `lifted` tensors before the user's inputs.
 
-    `lifted` are the parameters and buffers that the Dynamo graph held.
+    `lifted` are the parameters and buffers that the Dynamo graph held. `checkpoints` were inlined, and are outlined
+    again when the graph is rewritten.
     """
 
     graph: GraphModule
     lifted: tuple[torch.Tensor, ...]
+    checkpoints: tuple[Checkpoint, ...] = ()
 
 
 def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Rejection:
     """Trace to functional pre-dispatch ATen, or say why that can't be done (the graph then goes on untouched)."""
+    inlined = inline(dynamo_graph)
+    if isinstance(inlined, Rejection):
+        return inlined
+    dynamo_graph = inlined.graph
     reason = _unsupported(dynamo_graph)
     if reason is not None:
         return reason
@@ -67,6 +75,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
     assert isinstance(exported, GraphModule)
     graph = exported
+    restore(graph, inlined.kept)
     named: dict[str, torch.Tensor] = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
         dynamo_graph.named_buffers(remove_duplicate=False)
     )
@@ -91,12 +100,12 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     for node, x, name in zip(placeholders, (*lifted, *inputs), names, strict=True):
         node.meta["attncomp_state"] = isinstance(x, torch.nn.Parameter) or ("_buffers_" in name and _moderate(x))
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and "attncomp_state" not in node.meta:
             node.meta["attncomp_state"] = _moderate(getattr(graph, str(node.target)))
     _mark_gradients(graph, [*(isinstance(t, torch.nn.Parameter) and t.requires_grad for t in lifted), *grad_inputs])
     graph.graph.lint()
     graph.recompile()
-    return Captured(graph, lifted)
+    return Captured(graph, lifted, inlined.checkpoints)
 
 
 def _moderate(x: Any) -> bool:
@@ -112,18 +121,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _unsupported(graph: GraphModule) -> Rejection | None:
-    for module in graph.modules():
-        if not isinstance(module, GraphModule):
-            continue
-        for node in module.graph.nodes:
-            if node.op == "call_function" and node.target in (torch.amp.autocast_mode._enter_autocast,):
-                return Rejection(
-                    "autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run"
-                )
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
-                return Rejection(
-                    "higher-order-op", f"the graph contains the higher-order operator {node.target.name()}"
-                )
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in (torch.amp.autocast_mode._enter_autocast,):
+            return Rejection(
+                "autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run"
+            )
     return None
 
 

@@ -66,7 +66,7 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
                 new.meta = dict(node.meta)
             else:
                 new = graph.graph.node_copy(node, lambda n: copies[n])
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
                 if key in site.output.meta:
                     new.meta[key] = site.output.meta[key]
             new.meta["attncomp_grad"] = site.output.meta.get("attncomp_grad", False)

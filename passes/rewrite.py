@@ -20,6 +20,7 @@ from attncomp.passes.choose import Choice, choose
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import lower, replace
 from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.outline import outline
 from attncomp.passes.prove import prove
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.verify import numeric_difference, verify_metadata
@@ -79,6 +80,9 @@ def rewrite(
         reports.append(_site_report(item, request, choice, failure))
     if apply:
         _remove_dead(graph)
+        problem = outline(graph, captured.checkpoints)
+        if problem is not None:
+            return Rewritten(None, Report((), str(problem), device, policy.canonical(), time.perf_counter() - start))
     return Rewritten(captured, Report(tuple(reports), None, device, policy.canonical(), time.perf_counter() - start))
 
 
