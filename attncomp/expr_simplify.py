@@ -179,6 +179,10 @@ def _simplify_where(c: Expr, x: Expr, y: Expr) -> Expr | None:
     if x.kind != y.kind:  # one kind for both branches
         widest = "float" if "float" in (x.kind, y.kind) else "int"
         return where(c, op(f"to_{widest}", x), op(f"to_{widest}", y))
+    if x.kind == "int":
+        extremum = _choice(c, x, y) or _choice(not_(c), y, x)
+        if extremum is not None:
+            return extremum
     if x.kind == "bool":
         if _is(x, 1):
             return or_(c, y)
@@ -199,6 +203,31 @@ def _simplify_where(c: Expr, x: Expr, y: Expr) -> Expr | None:
         return where(or_(c, y.args[0]), x, y.args[2])
     if isinstance(x, Op) and x.name == "where" and x.args[2] == y:  # where(a, where(b, x, y), y) = where(a & b, x, y)
         return where(and_(c, x.args[0]), x.args[1], y)
+    return None
+
+
+def _choice(c: Expr, x: Expr, y: Expr) -> Expr | None:
+    """The lesser or greater of two integers that are chosen by comparing them: ``where(i < 2, 2, i)``."""
+    if not (isinstance(c, Op) and c.name in ("lt", "le", "gt", "ge") and _int(*c.args)):
+        return None
+    low, high = c.args if c.name in ("lt", "le") else c.args[::-1]
+    gap = polynomial.difference(low, high)  # the condition: less than 0, or at most 0
+    shifted = polynomial.difference(low, add(high, Const(-1 if c.name in ("lt", "gt") else 1)))
+
+    def compared(a: Expr, b: Expr) -> bool:
+        """Whether the condition says a < b or a <= b."""
+        return polynomial.difference(a, b) in (gap, shifted)
+
+    if compared(y, x):
+        return maximum(x, y)
+    if compared(x, y):
+        return minimum(x, y)
+    if isinstance(y, Op) and y.name in ("minimum", "maximum"):
+        for a, b in (y.args, y.args[::-1]):
+            if y.name == "maximum" and compared(x, a) and polynomial.at_least(sub(x, b), 0, {}):
+                return minimum(x, y)
+            if y.name == "minimum" and compared(a, x) and polynomial.at_least(sub(b, x), 0, {}):
+                return maximum(x, y)
     return None
 
 

@@ -282,6 +282,23 @@ def at_least(e: Expr, value: int, extents: Mapping[str, Expr]) -> bool:
     return False
 
 
+def settle(e: Expr, extents: Mapping[str, Expr]) -> Expr:
+    """An integer expression without the terms ``min(x, y)`` and ``max(x, y)`` that the extents decide."""
+    result: dict[Monomial, int] = {}
+    changed = False
+    for monomial, coefficient in terms(e).items():
+        atom = monomial[0] if len(monomial) == 1 else None
+        chosen: Terms = {monomial: 1}
+        if isinstance(atom, Op) and atom.name in ("minimum", "maximum"):
+            x, y = atom.args
+            above = sub(x, y) if atom.name == "maximum" else sub(y, x)  # at least 0: the choice is x
+            if at_least(above, 0, extents) or at_least(sub(Const(0), above), 0, extents):
+                chosen, changed = terms(x if at_least(above, 0, extents) else y), True
+        for m, c in chosen.items():
+            result[m] = result.get(m, 0) + c * coefficient
+    return build({m: c for m, c in result.items() if c}) if changed else e
+
+
 def decide(e: Expr, extents: Mapping[str, Expr]) -> bool | None:
     """The truth of an integer comparison over all indices, or None."""
     if isinstance(e, Const):

@@ -36,6 +36,7 @@ from attncomp.passes.mask import Masked, may_be_low, split_zeros
 from attncomp.passes.nodes import name_of, shape_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.reader import Reader
+from attncomp.passes.sequences import by_index, consecutive
 from attncomp.passes.site import Layout, Operand, Site, location_of, module_of
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo
@@ -112,7 +113,7 @@ def assemble(
     if any(contains(e, Sum) for e in (program, weight)):
         return Rejection("row-sums", "the scores use a sum over another axis")
     low = partial(_holds_masks, reader)
-    taken = _take_mask(kind, program, half, split, minus_infinity, low, normaliser, empty, spec_extents)
+    taken = _take_mask(reader, kind, program, half, split, minus_infinity, low, normaliser, empty, spec_extents)
     if isinstance(taken, Rejection):
         return taken
     program, mask, normaliser, proof = taken
@@ -235,6 +236,7 @@ def _operands(
 
 
 def _take_mask(
+    reader: Reader,
     kind: str,
     program: Expr,
     half: bool,
@@ -251,7 +253,8 @@ def _take_mask(
         return values, mask, normaliser or Normaliser("none"), prove(mask, extents)
     assert split is not None
     masked = split(program, half)
-    proof = prove(masked.mask, extents)
+    mask, reasons = by_index(masked.mask, partial(consecutive, reader))
+    proof = prove(mask, extents, reasons)
     if masked.finite and (not proof.row_nonempty or may_be_low(masked.program, low)):
         # Filled with a finite number, an empty row is uniform over all keys: kept as the arithmetic it is.
         everything = prove(TRUE, extents)
@@ -260,7 +263,7 @@ def _take_mask(
         )
         return program, TRUE, Normaliser("softmax", empty=empty if minus_infinity(program) else "impossible"), literal
     never = proof.row_nonempty and not minus_infinity(masked.program)
-    return masked.program, masked.mask, Normaliser("softmax", empty="impossible" if never else empty), proof
+    return masked.program, mask, Normaliser("softmax", empty="impossible" if never else empty), proof
 
 
 _BOUNDED = frozenset(("linear", "addmm", "embedding", "conv1d", "conv2d", "layer_norm", "rms_norm", "softmax"))

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 from attncomp import polynomial
-from attncomp.expr import Const, Expr, Load, Op, and_, floordiv, mod, mul, op, or_, substitute, where
+from attncomp.expr import Const, Expr, Load, Op, and_, floordiv, mod, mul, op, where
+from attncomp.passes.comparisons import distribute
 from attncomp.passes.nodes import EXACT_INTEGERS, INTEGERS, Index, argument, kind_of, name_of, value_of
 from attncomp.passes.reshape import divide, remainder
 
@@ -113,7 +114,7 @@ def _compare(name: str) -> Rule:
         stripped = [a.args[0] if isinstance(a, Op) and a.name == "to_float" else _whole(a) for a in (x, y)]
         if all(s is not None and s.kind == "int" for s in stripped):  # integers held as floats
             x, y = (s for s in stripped if s is not None)
-        return _distribute(name, x, y)
+        return distribute(name, x, y)
 
     return rule
 
@@ -122,28 +123,6 @@ def _whole(e: Expr) -> Expr | None:
     if isinstance(e, Const) and e.kind == "float" and math.isfinite(e.value) and float(e.value).is_integer():
         return Const(int(e.value))
     return None
-
-
-def _distribute(name: str, x: Expr, y: Expr) -> Expr:
-    """A comparison of integers in which one term is a `where` or an absolute value becomes two comparisons."""
-    if x.kind == "int" and y.kind == "int":
-        for e in (x, y):
-            for monomial, coefficient in polynomial.terms(e).items():
-                atom = monomial[0] if len(monomial) == 1 else None
-                if isinstance(atom, Op) and atom.name == "where":
-                    c, p, q = atom.args
-                    first, second = (_with(name, x, y, atom, r) for r in (p, q))
-                    return where(c, first, second)
-                if isinstance(atom, Op) and atom.name == "abs" and name in ("lt", "le", "gt", "ge"):
-                    inner = atom.args[0]
-                    first, second = (_with(name, x, y, atom, r) for r in (inner, op("neg", inner)))
-                    upper = (name in ("lt", "le")) == ((coefficient > 0) == (e is x))  # bounds |z| from above
-                    return and_(first, second) if upper else or_(first, second)
-    return op(name, x, y)
-
-
-def _with(name: str, x: Expr, y: Expr, atom: Expr, value: Expr) -> Expr:
-    return _distribute(name, substitute(x, {atom: value}), substitute(y, {atom: value}))
 
 
 def _logical(name: str) -> Rule:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from attncomp import polynomial
 from attncomp.expr import ZERO, Const, Expr, Load, Op, add, loads_of, mul, op, substitute, where
 from attncomp.passes.nodes import Index, is_one, kind_of, name_of, value_of
 from attncomp.passes.refine import pinned, refine_predicate
@@ -118,6 +119,8 @@ class Reader:
         """Simplify by what the extents decide: comparisons, and branches in which a condition pins an axis."""
         if e.kind == "bool":
             return refine_predicate(e, self.extents)
+        if e.kind == "int" and not isinstance(e, Load | Const):
+            e = polynomial.settle(e, self.extents)
         if isinstance(e, Op) and e.name == "where":
             c = refine_predicate(e.args[0], self.extents)
             pins = pinned(c)

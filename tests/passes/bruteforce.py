@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import Expr
+from attncomp.expr import Expr, axes_of, loads_of
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.lower import _batch_sizes, _keyed, _query, _restore
 from attncomp.passes.nodes import value_of
@@ -96,6 +96,8 @@ def check_proof(
     """
     grid = Grid({a: (0, n) for a, n in extents.items()}, tensors or {}, torch.device("cpu"), symbols or {})
     full = [*extents.values()]
+    for axis, both in (("i", (proof.key_lo, proof.key_hi)), ("j", (proof.query_lo, proof.query_hi))):
+        assert not any(loads_of(e) or axes_of(e) - {axis} for e in both), f"{proof.text}: a bound over more than {axis}"
 
     def over(e: Expr) -> torch.Tensor:
         return evaluate_tensor(e, grid).expand(full)
