@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.autocast import explicit_casts, with_regions
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
@@ -64,10 +65,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     inlined = inline(dynamo_graph)
     if isinstance(inlined, Rejection):
         return inlined
-    dynamo_graph = inlined.graph
-    reason = _unsupported(dynamo_graph)
-    if reason is not None:
-        return reason
+    dynamo_graph = with_regions(inlined.graph)
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     try:
         exported, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
@@ -90,6 +88,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
         _read_from_copies(graph, set(targets.values()))
+    explicit_casts(graph)
     problem = _write_back(graph, targets)
     if problem is not None:
         return problem
@@ -118,15 +117,6 @@ def _moderate(x: Any) -> bool:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else ""
-
-
-def _unsupported(graph: GraphModule) -> Rejection | None:
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in (torch.amp.autocast_mode._enter_autocast,):
-            return Rejection(
-                "autocast-region", "an autocast region inside the graph: recorded dtypes are not those that run"
-            )
-    return None
 
 
 def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None:

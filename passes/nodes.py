@@ -34,7 +34,12 @@ def value_of(node: Node) -> Any:
 
 
 def name_of(node: Node) -> str:
-    """The name of the ATen operator a node calls, without overload: ``add``, ``matmul``; empty for other nodes."""
+    """The name of the ATen operator a node calls, without overload: ``add``, ``matmul``; empty for other nodes.
+
+    Empty too for a node that autocast acts inside of: it computes something else than its operator's name says.
+    """
+    if "attncomp_opaque" in node.meta:
+        return ""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket.__name__)

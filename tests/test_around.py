@@ -14,9 +14,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import attncomp
 from attncomp.backend import forget_warnings
+from attncomp.passes.capture import Captured
 from attncomp.passes.opaque import keep
 from attncomp.variant import Rejection
 from tests.agreement import ALWAYS, agree
+from tests.passes.bruteforce import captured_graph
 
 REWRITTEN = "softmax rewritten mask=none"
 CAUSAL = "softmax rewritten mask=causal"
@@ -245,3 +247,132 @@ def test_operators_that_write_or_alias_are_not_opaque(write: bool, view: bool) -
     graph, node, bodies = operator_node(write, view)
     made = keep(graph, {}, node, (bodies["body"], node.args[0]), {}, 0)
     assert isinstance(made, Rejection) == (write or view)
+
+
+# --- autocast
+
+
+def low(function: Any, enabled: bool = True) -> Any:
+    """`function` under autocast to bfloat16 (or with autocast off)."""
+
+    def inside(*args: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return function(*args)
+
+    return inside
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return attend(q, k, v, mask)
+
+
+def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def by_einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    weights = (torch.einsum("bhid,bhjd->bhij", q, k) * 0.3).softmax(-1, dtype=torch.float32)
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def float_island(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """As rotary embeddings and norms do it: a part in float32, whose result goes on in bfloat16."""
+    q = q @ torch.eye(q.shape[-1])
+
+    def turned(x: torch.Tensor) -> Any:
+        return x.float() * torch.cos(torch.arange(x.shape[-2])[:, None].float())
+
+    return causal(low(turned, enabled=False)(q), low(turned, enabled=False)(k), v)
+
+
+AUTOCAST: dict[str, tuple[Any, str]] = {
+    "written": (causal, CAUSAL),
+    "sdpa": (library, CAUSAL),
+    "einsum": (by_einsum, REWRITTEN),
+    "island": (float_island, CAUSAL),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_a_region_of_autocast(name: str, executor: str, dynamic: bool) -> None:
+    function, expected = AUTOCAST[name]
+    made = agree(low(function), *qkv(), executor=executor, dynamic=dynamic, forward=2e-2, backward=4e-2)
+    assert made.verdicts == [expected]
+    assert made.eager.outputs.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_around_the_compiled_call(name: str, executor: str) -> None:
+    function, expected = AUTOCAST[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = agree(function, *qkv(), executor=executor, forward=2e-2, backward=4e-2)
+    assert made.verdicts == [expected]
+
+
+def test_a_region_without_autocast() -> None:
+    """All float32, and as exact, although autocast is on outside."""
+    island = low(causal, enabled=False)
+    assert agree(low(island), *qkv()).verdicts == [CAUSAL]
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # eager's own backward pass runs under it here
+        assert agree(island, *qkv(), backward=4e-2).verdicts == [CAUSAL]
+
+
+def test_scores_in_float32_between_products_in_bfloat16_are_kept() -> None:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        scores = low(lambda a, b: a.float() @ b.float().transpose(-1, -2), enabled=False)(q, k)
+        return scores.softmax(-1) @ v
+
+    made = agree(low(model), *qkv(), forward=2e-2, backward=4e-2)
+    assert made.verdicts == ["softmax kept no-score-contraction"]
+    assert "mixed-dtypes" in made.site.reason
+
+
+def test_casts_are_those_that_run() -> None:
+    """The captured graph computes bit by bit what eager computes, although it has no autocast region left."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out = float_island(q, k, by_einsum(q, k, v))
+        wide = torch.cat([out, q], -1).cumsum(-1)
+        with torch.no_grad():
+            short = layer(q[0])
+        return wide, short, torch.cdist(q, k), F.layer_norm(out, (8,)), low(causal, enabled=False)(q, k, v)
+
+    args = [x.detach() for x in qkv()]
+    captured, inputs = captured_graph(low(model), args)
+    assert isinstance(captured, Captured)
+    assert not any("autocast" in str(n.target) for n in captured.graph.graph.nodes)
+    for ours, eager in zip(captured.graph(*inputs), low(model)(*args), strict=True):
+        assert ours.dtype == eager.dtype
+        assert torch.equal(ours, eager)
+
+
+def test_what_autocast_changes_deep_inside_keeps_its_region() -> None:
+    """A custom function runs its products under autocast; its operands are not cast, so only a region says it."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x + 1) @ y
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            return grad.float()[..., :8] * 2, grad.float()[..., :8, :] * 3
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        inside = Product.apply(q, k.transpose(-1, -2))  # type: ignore[no-untyped-call]
+        return attend(q, k, v), inside
+
+    made = agree(low(model), *qkv(), forward=2e-2, backward=4e-2)
+    assert made.verdicts == [REWRITTEN]
+    assert made.eager.outputs[1].dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agree(model, *qkv(), forward=2e-2, backward=4e-2).verdicts == [REWRITTEN]
+
+
+def test_a_checkpoint_under_autocast() -> None:
+    assert agree(low(layers), *qkv(), forward=2e-2, backward=4e-2).verdicts == [CAUSAL, CAUSAL]
