@@ -107,6 +107,8 @@ def _simplify_mul(x: Expr, y: Expr) -> Expr | None:
         return mul(y, x)
     if isinstance(y, Const) and isinstance(x, Op) and x.name == "mul" and isinstance(x.args[1], Const):
         return mul(x.args[0], Const(float(x.args[1].value) * float(y.value)))
+    if isinstance(x, Op) and isinstance(y, Op) and x.name == y.name == "where" and x.args[0] == y.args[0]:
+        return where(x.args[0], mul(x.args[1], y.args[1]), mul(x.args[2], y.args[2]))
     return _over_where("mul", (x, y))
 
 
@@ -281,6 +283,10 @@ def _simplify_pow(x: Expr, y: Expr) -> Expr | None:
     return None
 
 
+def _simplify_unary(name: str) -> Callable[[Expr], Expr | None]:
+    return lambda x: _over_where(name, (x,))
+
+
 def _simplify_extremum(x: Expr, y: Expr) -> Expr | None:
     return x if x == y else None
 
@@ -304,6 +310,7 @@ _SIMPLIFY: dict[str, Callable[..., Expr | None]] = {
     "to_int": _simplify_to_int,
     "to_bool": _simplify_to_bool,
     **{name: _simplify_compare(name) for name in _NEGATED},
+    **{name: _simplify_unary(name) for name in ("exp", "exp2", "relu", "sigmoid", "tanh")},
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 PHASES = ("prefill", "decode", "train", "inference", "any")
-KINDS = ("softmax", "linear")
+KINDS = ("softmax", "linear", "pointwise")
 
 _COMPARISON = re.compile(r"\s*(>=|<=|==|>|<)\s*(\d[\d_]*)\s*")
 _RANGE = re.compile(r"\s*(\d[\d_]*)?\s*\.\.\s*(\d[\d_]*)?\s*")

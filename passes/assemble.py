@@ -62,6 +62,7 @@ def assemble(
     split: Callable[[Expr, bool], Masked] | None,
     minus_infinity: Callable[[Expr], bool],
     empty: Literal["zero", "nan"] = "nan",
+    sink: Expr | None = None,
 ) -> Site | Rejection:
     """The site, from what each contraction reads and the program between them (which still loads `score_load`)."""
     extents = reader.extents
@@ -108,9 +109,11 @@ def assemble(
     if v.factor != Const(1.0):
         weight = mul(weight, v.factor)
     program, weight = (substitute(e, to_spec) for e in (program, weight))
+    sink = None if sink is None else substitute(sink, to_spec)
     sizes = spec_sizes(batch, outer, extents, row, width)
     spec_extents = dict(zip(("b", "h", "i", "j", "d", "e"), sizes, strict=True))
-    if any(contains(e, Sum) for e in (program, weight)):
+    extra = () if sink is None else (sink,)
+    if any(contains(e, Sum) for e in (program, weight, *extra)):
         return Rejection("row-sums", "the scores use a sum over another axis")
     low = partial(_holds_masks, reader)
     taken = _take_mask(reader, kind, program, half, split, minus_infinity, low, normaliser, empty, spec_extents)
@@ -119,7 +122,7 @@ def assemble(
     program, mask, normaliser, proof = taken
     # --- captured tensors
     captured: dict[str, Node] = {}
-    for e in (program, mask, weight):
+    for e in (program, mask, weight, *extra):
         for load in loads_of(e):
             node = reader.nodes.get(load.tensor)
             if node is None or load.tensor != node.name:
@@ -141,6 +144,8 @@ def assemble(
         return rebuild(e, leaf)
 
     program, mask, weight = rename(program), rename(mask), rename(weight)
+    if sink is not None:
+        normaliser = replace(normaliser, sink=rename(sink))
     proof = replace(
         proof,
         key_lo=rename(proof.key_lo),
@@ -248,7 +253,7 @@ def _take_mask(
     extents: dict[str, Expr],
 ) -> tuple[Expr, Expr, Normaliser, MaskProof] | Rejection:
     """(program, mask, normaliser, proof): the mask leaves the program unless empty rows would change their meaning."""
-    if kind == "linear":
+    if kind != "softmax":
         values, mask = split_zeros(program)
         return values, mask, normaliser or Normaliser("none"), prove(mask, extents)
     assert split is not None

@@ -73,7 +73,7 @@ def _operands(node: Node) -> tuple[Node, Node, str, str, str] | None:
         return None
     if not (isinstance(left, Node) and isinstance(right, Node)):
         return None
-    if name == "addmm" and not _is_data(right):
+    if name == "addmm" and not is_data(right):
         return None  # a linear layer
     ranks = value_of(left).dim(), value_of(right).dim()
     if min(ranks) < 2:
@@ -98,7 +98,7 @@ def _with_vector(left: Node, right: Node, ranks: tuple[int, int]) -> tuple[Node,
     return left, right, batch + "mk", "k", batch + "m"
 
 
-def _is_data(node: Node) -> bool:
+def is_data(node: Node) -> bool:
     """Whether a tensor depends on more than the model's own parameters and buffers."""
     seen: set[Node] = set()
     stack = [node]
@@ -120,7 +120,7 @@ def _linear(node: Node) -> tuple[Node, Node, str, str, str] | None:
     if bias is not None or not (isinstance(x, Node) and isinstance(w, Node)):
         return None
     ranks = value_of(x).dim(), value_of(w).dim()
-    if ranks[0] < 2 or ranks[1] != 2 or not _is_data(w):
+    if ranks[0] < 2 or ranks[1] != 2 or not is_data(w):
         return None
     batch = "".join(chr(ord("A") + n) for n in range(ranks[0] - 2))
     return x, w, batch + "mk", "nk", batch + "mn"

@@ -13,13 +13,12 @@ from torch.fx import Node
 from attncomp.passes.contraction import is_contraction
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_sdpa import lift_sdpa
-from attncomp.passes.lift_softmax import lift_softmax
+from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax
 from attncomp.passes.nodes import name_of
-from attncomp.passes.site import Attempt, Missed, Site, location_of, module_of
-from attncomp.passes.symbols import NotAnIntegerError
+from attncomp.passes.site import Missed, Site, attempted, missed
 from attncomp.variant import Rejection
 
-_SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax")
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax", *LOG_SOFTMAX)
 
 
 def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
@@ -28,29 +27,26 @@ def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
     claimed: set[Node] = set()
     for node in graph.graph.nodes:
         if name_of(node) in _SOFTMAX:
-            result = _guarded("softmax", node, lift_softmax(graph, node))
+            results = lift_softmax(graph, node)
         elif name_of(node) == "scaled_dot_product_attention":
-            result = _guarded("softmax", node, lift_sdpa(graph, node))
+            result = attempted(lift_sdpa(graph, node))
+            results = [] if result is None else [result]
         else:
             continue
-        if result is not None:
-            found.append(result)
+        for result in results:
+            found.append(_reported("softmax", node, result))
             if isinstance(result, Site):
-                claimed.add(result.output)
-    for node in graph.graph.nodes:
+                claimed |= result.covered()
+    for node in reversed(graph.graph.nodes):
         if is_contraction(node) and node not in claimed:
-            result = _guarded("linear", node, lift_linear(graph, node))
+            result = attempted(lift_linear(graph, node))
             if result is not None:
-                found.append(result)
+                found.append(_reported("linear", node, result))
+            if isinstance(result, Site):
+                claimed |= result.covered()
     order = {node: n for n, node in enumerate(graph.graph.nodes)}
     return sorted(found, key=lambda s: order[s.anchor])
 
 
-def _guarded(kind: str, anchor: Node, attempt: Attempt) -> Site | Missed | None:
-    try:
-        result = next(attempt)
-    except NotAnIntegerError as reason:
-        result = Rejection("unreadable", f"a size or value has no index expression: {reason}")
-    if isinstance(result, Rejection):
-        return Missed(kind, anchor, result, module_of(anchor), location_of(anchor))
-    return result
+def _reported(kind: str, anchor: Node, result: Site | Missed | Rejection) -> Site | Missed:
+    return missed(kind, anchor, result) if isinstance(result, Rejection) else result

@@ -1,4 +1,4 @@
-"""Lifting a masked product without softmax: linear attention and its kin."""
+"""Lifting what has no softmax node: linear attention and its kin, weights by a pointwise function, exponentials."""
 
 from __future__ import annotations
 
@@ -7,59 +7,93 @@ from torch.fx import Node
 
 from attncomp.expr import Axis, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, substitute
 from attncomp.passes.axes import Axes
-from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
+from attncomp.passes.contraction import contract, is_contraction, is_data, reaches_contraction, summed_size
+from attncomp.passes.lift_exponential import exponential
 from attncomp.passes.mask import row_normaliser, split_zeros
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
-from attncomp.passes.site import Attempt
+from attncomp.passes.site import Attempt, Site, missed
 from attncomp.passes.symbols import from_symint
 from attncomp.spec import J, Normaliser, affine_in_score
 from attncomp.variant import Rejection
 
+_DEPTH = 16
+"""How far below the weights a product of queries and keys is looked for."""
+
 
 def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
     product = contract(output, Axes.of_output(output).index, J)
-    candidates = [x for x in (product.left, product.right) if not is_contraction(x) and reaches_contraction(x, depth=8)]
-    for weights in candidates:
+    operands = (product.left, product.right)
+    for weights in [x for x in operands if not is_contraction(x) and reaches_contraction(x, _DEPTH)]:
         axes = Axes.of_output(output)
         extents = axes.extents
         extents["j"] = from_symint(summed_size(output))
-        reader = Reader(graph, extents, sums=True, narrowest=value_of(output).dtype)
+        dtype = value_of(output).dtype
+        reader = Reader(graph, extents, sums=True, narrowest=dtype)
         con = contract(output, axes.index, J)
         left = weights is con.left
         index, values, value_index = (
             (con.left_index, con.right, con.right_index) if left else (con.right_index, con.left, con.left_index)
         )
         weight = reader.at(weights, index)
-        scores = [x for x in loads_of(weight) if _is_score(reader, x)]
-        if not scores:
-            continue
-        last, normaliser = output, Normaliser("none")
+        last = output
         normalised = row_normaliser(weight)
-        if normalised is not None:
-            weight, normaliser = normalised[0], Normaliser("sum", normalised[1])
-        else:
+        if normalised is None:
             after = _normalised_after(reader, output, axes, weight)
             if after is not None:
-                last, normaliser = after[0], Normaliser("sum", after[1])
-        if any(contains(x, Sum) for x in (weight,)):
+                last, normalised = after[0], (weight, after[1])
+        rest = None
+        if normalised is not None:
+            weight, rest = normalised
+        scores = [x for x in loads_of(weight) if _is_score(reader, x)]
+        if not scores or contains(weight, Sum):
             continue
-        plain, mask = split_zeros(substitute(weight, {scores[0]: Score()}))
-        affine = affine_in_score(plain)
-        if affine is None or affine[1] != Const(0.0):
-            continue  # a nonlinearity between two products: an MLP or another function
-        varies = {"i", "j"} & {a for x in (axes_of(affine[0]), axes_of(mask)) for a in _roles(x, axes, J)}
-        if len(varies) < 2:
-            continue  # nothing between the products depends on both positions: plain matrix algebra
+        kind, normaliser = "linear", Normaliser("none")
+        sinks: tuple[Expr, ...] = ()
+        softmax = exponential(reader, weight, scores[0], normalised is not None, rest, dtype)
+        if softmax is not None:
+            kind, weight, sinks = "softmax", softmax.program, softmax.sinks
+        else:
+            plain, mask = split_zeros(substitute(weight, {scores[0]: Score()}))
+            affine = affine_in_score(plain)
+            if affine is None or affine[1] != Const(0.0):
+                if not contains(plain, Score) or (affine is not None and normalised is None):
+                    continue  # sums of products: plain matrix algebra
+                kind = "pointwise"
+            else:
+                both = (axes_of(affine[0]), axes_of(mask))
+                if len({"i", "j"} & {a for x in both for a in _roles(x, axes, J)}) < 2:
+                    continue  # nothing between the products depends on both positions: plain matrix algebra
+            if normalised is not None:
+                eps = 0.0 if rest is None else rest.value if isinstance(rest, Const) else None
+                if eps is None:
+                    continue
+                normaliser = Normaliser("sum", float(eps))
         users = [u for u in weights.users if u is not output and not (last is not output and name_of(u) == "sum")]
-        if users:
-            yield Rejection(
-                "weights-escape", f"the masked product is also used by {users[0].name}: it must exist as a tensor"
-            )
-        yield site_of_program(
-            reader, "linear", output, last, axes, weight, Weight(), values, value_index, normaliser=normaliser
+        what = "masked product is" if kind == "linear" else "attention weights are"
+        made = site_of_program(
+            reader,
+            kind,
+            output,
+            last,
+            axes,
+            weight,
+            Weight(),
+            values,
+            value_index,
+            half=dtype is torch.float16,
+            normaliser=None if kind == "softmax" else normaliser,
+            sinks=sinks,
         )
+        if kind == "pointwise" and not (
+            isinstance(made, Site) and all(is_data(x.node) for x in (made.q, made.k, made.v))
+        ):
+            continue  # the layers of an MLP, or its experts
+        if users:
+            reason = f"the {what} also used by {users[0].name}: they must exist as a tensor"
+            made = Rejection("weights-escape", reason)
+        yield missed(kind, output, made) if isinstance(made, Rejection) else made
     yield None
 
 
@@ -74,7 +108,7 @@ def _roles(names: frozenset[str], axes: Axes, key: Axis) -> set[str]:
     return ({"j"} if key.name in names else set()) | ({"i"} if names & own else set())
 
 
-def _normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) -> tuple[Node, float] | None:
+def _normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) -> tuple[Node, Expr | None] | None:
     """``(w @ v) / (w.sum(-1, keepdim=True) + eps)``: the division after the product, if it alone reads it."""
     if len(output.users) != 1:
         return None

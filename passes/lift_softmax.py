@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from attncomp.expr import Axis, Const, Expr, Weight, loads_of, substitute
+from attncomp import polynomial
+from attncomp.expr import ONE, Axis, Const, Expr, Weight, add, axes_of, loads_of, op, sub, substitute
 from attncomp.passes.axes import Axes, split_merged
 from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
-from attncomp.passes.nodes import argument, is_one, name_of, value_of
+from attncomp.passes.nodes import Index, argument, name_of, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
-from attncomp.passes.site import Attempt
+from attncomp.passes.site import Attempt, Missed, Site, attempted
 from attncomp.passes.symbols import from_symint
 from attncomp.spec import J
 from attncomp.variant import Rejection
+
+LOG_SOFTMAX = ("log_softmax", "_log_softmax", "special_log_softmax")
 
 _BETWEEN = frozenset(
     {
@@ -51,30 +54,51 @@ _BETWEEN = frozenset(
 search."""
 
 
-def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
+_SLICES = frozenset(("slice", "narrow", "getitem", "split", "split_with_sizes", "tensor_split", "chunk", "select"))
+"""What takes a part of the weights: columns that take weight and meet no values, or one of several weights."""
+
+MOST_SINKS = 4
+"""Columns beside the keys that may take weight."""
+
+
+def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Missed | Rejection]:
+    """The attention of each product with values that the weights meet; a reason if any of them can't be lifted.
+
+    Empty: nothing of interest. Weights that remain as a tensor cost what they did, so all products go or none.
+    """
     source = softmax.args[0]
     assert isinstance(source, Node)
     consumers, path, escape = _forward(softmax)
     if not reaches_contraction(source):
-        yield None  # a router, a classifier head: nothing to fuse
+        return []  # a router, a classifier head: nothing to fuse
     if not consumers:
         used = escape.name if escape is not None else "nothing"
         is_output = escape is not None and escape.op == "output"
-        yield (
-            Rejection(
-                "no-value-contraction",
-                f"the weights go to {'the output' if is_output else used}, not to a product with values",
-            )
-            if _scores_only(source)
-            else None
-        )
+        if not _scores_only(source):
+            return []
+        where = "the output" if is_output else used
+        return [Rejection("no-value-contraction", f"the weights go to {where}, not to a product with values")]
     if escape is not None:
-        yield Rejection(
-            "weights-escape", f"the attention weights are also used by {escape.name}: they must exist as a tensor"
-        )
-    if len(consumers) > 1:
-        yield Rejection("weights-used-twice", f"the weights meet values in {len(consumers)} products")
-    output = consumers[0]
+        reason = f"the attention weights are also used by {escape.name}: they must exist as a tensor"
+        return [Rejection("weights-escape", reason)]
+    found: list[Site | Missed | Rejection] = []
+    for output in consumers:
+        made = attempted(_lift_product(graph, softmax, output, path))
+        if made is None:
+            made = Rejection("no-score-contraction", "no product of queries and keys was found below the scores")
+        if isinstance(made, Rejection):
+            if len(consumers) == 1:
+                return [made]
+            reason = f"the weights meet values in {len(consumers)} products, and not all can be lifted: {made}"
+            return [Rejection("weights-used-twice", reason)]
+        found.append(made)
+    return found
+
+
+def _lift_product(graph: torch.fx.GraphModule, softmax: Node, output: Node, path: set[Node]) -> Attempt:
+    source = softmax.args[0]
+    assert isinstance(source, Node)
+    logarithm = name_of(softmax) in LOG_SOFTMAX
     axes = Axes.of_output(output)
     extents = axes.extents
     for _ in range(3):  # a merged batch axis is split, then everything is read again
@@ -99,20 +123,27 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
     dim = argument(softmax, 1, "dim")
     index = at[0].index
     dim = dim + len(index) if dim < 0 else dim
-    if is_one(value_of(softmax).shape[dim]):
+    columns = shape_of(softmax)[dim]
+    if columns == ONE:
         yield Rejection("single-key", "a softmax over one key is 1: there is nothing to choose")
-    if index[dim] != J:
+    if "j" not in axes_of(index[dim]):
         yield Rejection(
             "softmax-axis",
             f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over",
         )
-    rest = [a for n, a in enumerate(index) if n != dim and a != Const(0)]
+    rest = [a for n, a in enumerate(index) if n != dim and not isinstance(a, Const)]
     if not all(isinstance(a, Axis) for a in rest) or len(set(rest)) != len(rest) or J in rest:
         yield Rejection(
             "weights-layout",
             f"the weights are rearranged between softmax and values: read at ({', '.join(map(str, index))})",
         )
-    weight = substitute(weight, {at[0]: Weight()})
+    sinks = _sinks(reader, source, index, dim, columns)
+    if isinstance(sinks, Rejection):
+        yield sinks
+    assert not isinstance(sinks, Rejection)
+    weight = substitute(weight, {op("exp", at[0]) if logarithm else at[0]: Weight()})
+    if at[0] in loads_of(weight):
+        yield Rejection("log-weights", "the logarithms of the weights are used, not only the weights")
     if dropout > 0 and weight != Weight():
         yield Rejection("dropout-order", "dropout is combined with other changes of the weights")
     half = value_of(source).dtype is torch.float16
@@ -129,7 +160,26 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> Attempt:
         value_index,
         dropout=dropout,
         half=half,
+        sinks=sinks,
+        columns=columns,
     )
+
+
+def _sinks(reader: Reader, source: Node, index: Index, dim: int, columns: Expr) -> list[Expr] | Rejection:
+    """The logits of the columns that the softmax has beside the keys."""
+    offset = sub(index[dim], J)
+    keys = reader.extents["j"]
+    more = polynomial.constant(sub(columns, keys))
+    first = polynomial.constant(offset)
+    if "j" in axes_of(offset) or more is None:
+        return Rejection("weights-layout", f"the weights are read at key {index[dim]} of {columns}")
+    if more == 0 and first == 0:
+        return []
+    if more > MOST_SINKS:
+        return Rejection("weights-part", f"{more} of the softmax's {columns} columns do not meet the values")
+    before = first if first is not None else more - (polynomial.constant(sub(sub(columns, keys), offset)) or 0)
+    others = [*(Const(n) for n in range(before)), *(add(keys, Const(n)) for n in range(before, more))]
+    return [reader.at(source, (*index[:dim], at, *index[dim + 1 :])) for at in others]
 
 
 def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
@@ -137,6 +187,7 @@ def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
     consumers: list[Node] = []
     path = {start}
     escape: Node | None = None
+    between = _BETWEEN | _SLICES | ({"exp"} if name_of(start) in LOG_SOFTMAX else set())
     queue = [start]
     while queue:
         node = queue.pop(0)
@@ -144,7 +195,7 @@ def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
             if is_contraction(user) and not (name_of(user) == "baddbmm" and user.args[0] is node):
                 if user not in consumers:
                     consumers.append(user)
-            elif name_of(user) in _BETWEEN:
+            elif name_of(user) in between:
                 if user not in path:
                     path.add(user)
                     queue.append(user)

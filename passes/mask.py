@@ -10,7 +10,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attncomp.expr import TRUE, Axis, Const, Expr, Load, Op, Score, Sum, add, and_, contains, not_, op, substitute, walk
+from attncomp.expr import (
+    TRUE,
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Score,
+    Sum,
+    add,
+    and_,
+    axes_of,
+    contains,
+    not_,
+    op,
+    substitute,
+    walk,
+)
 
 NEGLIGIBLE = -1e9
 """A float32 score at or below this is a masked one: no score of a real model comes near it, and exp of the difference
@@ -142,17 +159,26 @@ def _addends(e: Expr) -> list[Expr]:
     return [e]
 
 
-def row_normaliser(weight: Expr, sum_axis: str = "j") -> tuple[Expr, float] | None:
-    """If `weight` is ``x / (sum_j x + eps)``: (x, eps); else None."""
-    if not (isinstance(weight, Op) and weight.name == "div"):
+def row_normaliser(weight: Expr, sum_axis: str = "j") -> tuple[Expr, Expr | None] | None:
+    """If `weight` is ``x / (sum_j x + rest)``, where the rest does not vary with j: (x, rest or None); else None."""
+    if isinstance(weight, Op) and weight.name == "mul" and isinstance(weight.args[1], Op):
+        numerator, inverse = weight.args
+        if not (isinstance(inverse, Op) and inverse.name == "reciprocal"):
+            return None
+        denominator = inverse.args[0]
+    elif isinstance(weight, Op) and weight.name == "div":
+        numerator, denominator = weight.args
+    else:
         return None
-    numerator, denominator = weight.args
-    eps = 0.0
+    rest: Expr | None = None
     if isinstance(denominator, Op) and denominator.name == "add":
-        total, added = denominator.args
-        if isinstance(added, Const):
-            denominator, eps = total, float(added.value)
+        total, rest = denominator.args
+        if not isinstance(total, Sum):
+            total, rest = rest, total
+        if contains(rest, Sum) or sum_axis in axes_of(rest):
+            return None
+        denominator = total
     if not isinstance(denominator, Sum):
         return None
     body = substitute(denominator.body, {Axis(denominator.axis): Axis(sum_axis)})
-    return (numerator, eps) if body == numerator else None
+    return (numerator, rest) if body == numerator else None

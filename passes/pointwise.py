@@ -244,6 +244,43 @@ def _clamp(reader: Reader, node: Node, index: Index) -> Expr | None:
     return x
 
 
+def _function(of: Callable[[Node, Expr], Expr | None]) -> Rule:
+    """A function of one float that is made of the language's own operations."""
+
+    def rule(reader: Reader, node: Node, index: Index) -> Expr | None:
+        if not value_of(node).dtype.is_floating_point:
+            return None
+        return of(node, op("to_float", reader.operand(node.args[0], index)))
+
+    return rule
+
+
+def _silu(node: Node, x: Expr) -> Expr:
+    return op("mul", x, op("sigmoid", x))
+
+
+def _gelu(node: Node, x: Expr) -> Expr:
+    if argument(node, 1, "approximate", "none") == "none":
+        inner = op("erf", op("mul", x, Const(math.sqrt(0.5))))
+    else:
+        cubic = op("add", x, op("mul", op("mul", x, op("mul", x, x)), Const(0.044715)))
+        inner = op("tanh", op("mul", cubic, Const(math.sqrt(2.0 / math.pi))))
+    return op("mul", op("mul", x, Const(0.5)), op("add", inner, Const(1.0)))
+
+
+def _leaky_relu(node: Node, x: Expr) -> Expr:
+    slope = Const(float(argument(node, 1, "negative_slope", 0.01)))
+    return where(op("gt", x, Const(0.0)), x, op("mul", x, slope))
+
+
+def _elu(node: Node, x: Expr) -> Expr | None:
+    if len(node.args) > 2 or node.kwargs:
+        return None  # scaled
+    alpha = Const(float(argument(node, 1, "alpha", 1.0)))
+    low = op("mul", op("sub", op("exp", op("minimum", x, Const(0.0))), Const(1.0)), alpha)
+    return where(op("gt", x, Const(0.0)), x, low)
+
+
 _LONG_NAMES = {
     "greater": "gt",
     "greater_equal": "ge",
@@ -270,6 +307,11 @@ POINTWISE: dict[str, Rule] = {
         for n in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid")
     },
     **{n: _unary(n) for n in ("relu", "sin", "cos", "erf")},
+    "silu": _function(_silu),
+    "gelu": _function(_gelu),
+    "leaky_relu": _function(_leaky_relu),
+    "elu": _function(_elu),
+    **dict.fromkeys(("special_expit", "sigmoid"), _unary("sigmoid")),
     "negative": _unary("neg"),
     "absolute": _unary("abs"),
     "pow": _pow,

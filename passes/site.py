@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.expr import Expr
+from attncomp.passes.symbols import NotAnIntegerError
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Rejection
@@ -62,6 +63,19 @@ class Site:
     location: str
     notes: tuple[str, ...] = field(default=())
 
+    def covered(self) -> set[Node]:
+        """The nodes that only this attention needs, and not its operands: they go if it is replaced."""
+        kept = {self.q.node, self.k.node, self.v.node, *self.captured}
+        found = {self.output}
+        stack = list(self.output.all_input_nodes)
+        while stack:
+            node = stack.pop()
+            if node in found or node in kept or node.op == "placeholder" or not found.issuperset(node.users):
+                continue
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Missed:
@@ -74,8 +88,20 @@ class Missed:
     location: str
 
 
-Attempt: TypeAlias = "Iterator[Site | Rejection | None]"
+Attempt: TypeAlias = "Iterator[Site | Missed | Rejection | None]"
 """One try to lift an anchor: its first value is the outcome (None: nothing of interest)."""
+
+
+def missed(kind: str, anchor: Node, reason: Rejection) -> Missed:
+    return Missed(kind, anchor, reason, module_of(anchor), location_of(anchor))
+
+
+def attempted(attempt: Attempt) -> Site | Missed | Rejection | None:
+    """The outcome of one try."""
+    try:
+        return next(attempt)
+    except NotAnIntegerError as reason:
+        return Rejection("unreadable", f"a size or value has no index expression: {reason}")
 
 
 def module_of(node: Node) -> str:

@@ -12,6 +12,7 @@ from attncomp import polynomial
 from attncomp.expr import (
     FALSE,
     ONE,
+    TRUE,
     ZERO,
     Axis,
     Const,
@@ -19,6 +20,7 @@ from attncomp.expr import (
     Load,
     Sum,
     add,
+    and_,
     axes_of,
     eq,
     ge,
@@ -35,6 +37,38 @@ from attncomp.passes.pointwise import POINTWISE, Rule
 
 if TYPE_CHECKING:
     from attncomp.passes.reader import Reader
+
+
+def _pad(reader: Reader, node: Node, index: Index) -> Expr | None:
+    """Padding by a number; negative padding crops."""
+    source = node.args[0]
+    pads: Any = node.args[1]
+    assert isinstance(source, Node)
+    if name_of(node) == "pad" and argument(node, 2, "mode", "constant") != "constant":
+        return None
+    fill = argument(node, 3, "value") if name_of(node) == "pad" else argument(node, 2, "value", 0)
+    kind = kind_of(value_of(node).dtype)
+    value = reader.scalar(0 if fill is None else fill)
+    if kind is None or (value.kind == "float" and kind == "int"):
+        return None
+    inner = list(index)
+    inside: Expr = TRUE
+    shape = shape_of(source)
+    for n in range(len(pads) // 2):
+        d = len(index) - 1 - n
+        low, high = (reader.scalar(p) for p in pads[2 * n : 2 * n + 2])
+        inner[d] = sub(index[d], low)
+        if low != ZERO:
+            inside = and_(inside, reader.refine(ge(inner[d], ZERO)))
+        if high != ZERO:
+            inside = and_(inside, reader.refine(lt(inner[d], shape[d])))
+        if shape[d] == ONE:
+            inner[d] = ZERO
+    to = {"bool": "to_bool", "int": "to_int", "float": "to_float"}[kind]
+    inside = reader.refine(inside)
+    if inside == FALSE:
+        return op(to, value)
+    return where(inside, reader.at(source, tuple(inner)), op(to, value))
 
 
 def _triangle(lower: bool) -> Rule:
@@ -240,6 +274,7 @@ def _baddbmm(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 VALUES: dict[str, Rule] = {
     **POINTWISE,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "tril": _triangle(True),
     "triu": _triangle(False),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
