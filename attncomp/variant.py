@@ -59,11 +59,13 @@ class Offer:
     """A variant's answer.
 
     params: JSON values, part of the plan's digest. work: what it would do, for the cost model.
+    uses_cases: it checks the proof's cases at each call; they are in the plan of no other variant.
     """
 
     params: Mapping[str, Any]
     work: Work
     note: str = ""
+    uses_cases: bool = False
 
 
 class Variant(Protocol):

@@ -23,7 +23,7 @@ from attncomp.codegen.materialise import (
     score_grid,
 )
 from attncomp.cost import Work
-from attncomp.evaluate import evaluate_tensor
+from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of, walk
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
@@ -237,14 +237,19 @@ class SdpaKernel:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> torch.Tensor:
+        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+        call = self.prepare(plan, grid, q, k, v)
+        return finished(self.call(call), plan.spec, grid, call)
+
+    def prepare(self, plan: Plan, grid: Grid, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
+        """What the kernel is called with. grid: the whole box, without a score."""
         spec = plan.spec
         affine = spec.affine()
         if affine is None:
             raise ValueError(f"{self.name} was planned for a program that it does not accept: {spec.program}")
         factor, bias = affine
         causal, rest = causal_and_mask(plan.proof, spec, rectangular=self.rectangular)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grid = score_grid(plan, q, k, v, captured, sizes, wide)
+        wide = grid.dtype
         mask = None
         if bias != NO_BIAS or rest != TRUE:
             mask = additive_mask(bias, rest, grid, wide if self.wide_mask else q.dtype)
@@ -258,15 +263,24 @@ class SdpaKernel:
         group = spec.group or 1
         if group > 1 and not self.grouped:
             k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
-        out = self.call(Call(q, k, v, mask, scale, causal, spec.dropout, spec.training))
-        value_width = spec.size("e")
-        if isinstance(value_width, Const) and int(value_width.value) != width:
-            out = out.narrow(3, 0, int(value_width.value))
-        if spec.normaliser.empty == "nan":
-            allowed = evaluate_tensor(spec.mask, grid) if mask is None else mask != float("-inf")
-            filled = allowed.any(-1, keepdim=True)
-            out = torch.where(filled, out, torch.scalar_tensor(float("nan"), dtype=out.dtype, device=out.device))
-        return out.to(getattr(torch, spec.dtype))
+        return Call(q, k, v, mask, scale, causal, spec.dropout, spec.training)
+
+
+def finished(out: torch.Tensor, spec: AttentionSpec, grid: Grid, call: Call) -> torch.Tensor:
+    """A kernel's output without padded columns, with NaN in the rows that must have it, in the spec's dtype."""
+    value_width = spec.size("e")
+    if isinstance(value_width, Const) and int(value_width.value) != call.v.shape[3]:
+        out = out.narrow(3, 0, int(value_width.value))
+    if spec.normaliser.empty == "nan":
+        mask = call.mask
+        allowed = evaluate_tensor(spec.mask, grid) if mask is None else mask != float("-inf")
+        filled = allowed.any(-1, keepdim=True)
+        out = torch.where(filled, out, torch.scalar_tensor(float("nan"), dtype=out.dtype, device=out.device))
+    return out.to(getattr(torch, spec.dtype))
+
+
+def _wide(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 NO_BIAS = Const(0.0)

@@ -146,13 +146,9 @@ def assemble(
     program, mask, weight = rename(program), rename(mask), rename(weight)
     if sink is not None:
         normaliser = replace(normaliser, sink=rename(sink))
-    proof = replace(
-        proof,
-        key_lo=rename(proof.key_lo),
-        key_hi=rename(proof.key_hi),
-        residual=rename(proof.residual),
-        facts=tuple(proof.facts),
-    )
+    for old, new in renamed.items():
+        proof = replace(proof, facts=tuple(fact.replace(f"{old}[", f"{new}[") for fact in proof.facts))
+    proof = proof.mapped(rename)
     b, h, i, j, d, e = sizes
     kv_heads = floordiv(h, Const(k.group)) if k.group > 1 else present_heads(k, batch, outer, extents, h)
     kv_at = kv_head(h, kv_heads)

@@ -6,7 +6,7 @@ A rewrite is kept only where it wins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncomp.cost import predict_ms
 from attncomp.hardware import Hardware
@@ -69,7 +69,8 @@ def choose(
             f"less than the required speed-up of {settings.min_speedup:g}"
         )
         return Choice(None, None, reason, ms, kept_ms, found)
-    plan = Plan(request.spec, request.proof, variant.name, dict(offer.params), fingerprints.get(variant.name, ""))
+    proof = request.proof if offer.uses_cases else replace(request.proof, cases=())
+    plan = Plan(request.spec, proof, variant.name, dict(offer.params), fingerprints.get(variant.name, ""))
     others = [c for c in found if c.variant != variant.name and c.predicted_ms is not None]
     beside = f"; next {others[0].variant} at {others[0].predicted_ms:.3g} ms" if others else ""
     reason = f"{variant.name} predicted at {ms:.3g} ms, as written {kept_ms:.3g} ms{beside}"

@@ -44,11 +44,11 @@ def prove(mask: Expr, extents: Mapping[str, Expr], reasons: tuple[str, ...] = ()
     extents: the size of each axis. Sizes may be symbolic; the proof then holds for every value. reasons: how the mask
     came to be written so, for the report.
     """
-    simplified = _factored(decide_all(mask, extents))
+    reduced = simplified(mask, extents)
     queries, keys = extents["i"], extents["j"]
-    if simplified == TRUE:
+    if reduced == TRUE:
         return MaskProof("none", ZERO, keys, ZERO, queries, facts=reasons)
-    parts = [(part, _band(part, extents)) for part in conjuncts(simplified)]
+    parts = [(part, _band(part, extents)) for part in conjuncts(reduced)]
     kept = independent([band for _, band in parts], extents)
     band = everything(extents)
     for b in kept:
@@ -56,9 +56,9 @@ def prove(mask: Expr, extents: Mapping[str, Expr], reasons: tuple[str, ...] = ()
     lo, hi = clamp(band.lo, keys, extents), clamp(band.hi, keys, extents)
     residual = TRUE if band.exact else all_of(part for part, b in parts if not b.exact)
     facts = [*reasons, *band.facts]
-    nonempty, witness = _witness(simplified, extents, (lo, sub(hi, ONE)))
+    nonempty, witness = _witness(reduced, extents, (lo, sub(hi, ONE)))
     if residual != TRUE or not nonempty:
-        counted: Counted | None = count(simplified, lo, hi, extents)
+        counted: Counted | None = count(reduced, lo, hi, extents)
         if counted is not None and counted.whole and residual != TRUE:
             residual = TRUE
             facts.append(f"all keys in [{lo}, {hi}) are allowed: counted for these lengths")
@@ -74,6 +74,11 @@ def prove(mask: Expr, extents: Mapping[str, Expr], reasons: tuple[str, ...] = ()
         row_nonempty=nonempty,
         facts=(*facts, witness),
     )
+
+
+def simplified(mask: Expr, extents: Mapping[str, Expr]) -> Expr:
+    """An equal predicate: comparisons taken apart and decided, conjuncts that alternatives share outside of them."""
+    return _factored(decide_all(mask, extents))
 
 
 def decide_all(e: Expr, extents: Mapping[str, Expr]) -> Expr:

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from attncomp import polynomial
 from attncomp.expr import ZERO, Const, Expr, Load, Op, add, loads_of, mul, op, substitute, where
+from attncomp.passes.classify import constant_element
 from attncomp.passes.nodes import Index, is_one, kind_of, name_of, value_of
 from attncomp.passes.refine import pinned, refine_predicate
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
@@ -26,7 +27,7 @@ from attncomp.passes.values import VALUES
 from attncomp.passes.views import VIEWS
 
 _SMALL_CONSTANT = 64
-"""Constant tensors of at most this many elements are read; larger ones are captured."""
+"""Constant tensors of at most this many elements are read; of larger ones, matrices that a short rule gives."""
 
 _SYMBOLIC: dict[Any, str] = {
     operator.add: "add",
@@ -169,8 +170,10 @@ class Reader:
         tensor = getattr(self.graph, str(node.target), None)
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torch.nn.Parameter) or tensor.numel() == 0:
             return None
-        if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.numel() > _SMALL_CONSTANT or tensor.is_complex():
+        if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_complex():
             return None
+        if tensor.numel() > _SMALL_CONSTANT:
+            return constant_element(tensor, index[-2], index[-1]) if tensor.dim() > 1 else None
         values = tensor.detach().cpu()
         first = values.flatten()[0]
         if bool((values == first).all()):
@@ -179,7 +182,7 @@ class Reader:
             steps = values.diff().unique()
             if steps.numel() == 1 and not values.is_floating_point():
                 return add(mul(index[0], Const(int(steps[0]))), Const(int(first)))
-        return None
+        return constant_element(tensor, index[-2], index[-1]) if tensor.dim() > 1 else None
 
     def view_step(self, node: Node, index: Index) -> tuple[Node, Index] | None:
         """If `node` only rearranges one input tensor: that input and the index at which it is read; else None."""

@@ -17,6 +17,7 @@ from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
+from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import lower, replace
 from attncomp.passes.nodes import argument, name_of, value_of
@@ -66,6 +67,7 @@ def rewrite(
         return Rewritten(None, report)
     graph = captured.graph
     found = lift(graph)
+    values = Values.of(graph, (*captured.lifted, *inputs))
     reports = []
     device = ""
     for item in found:
@@ -73,6 +75,9 @@ def rewrite(
         if isinstance(item, Missed):
             reports.append(_missed(item))
             continue
+        if device.startswith("cpu"):  # elsewhere a check would wait for the device
+            hints = size_hints(item)
+            item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
         request, choice = _choose(item, policy, variants, fingerprints)
         failure = None
         if choice.plan is not None and choice.variant is not None and apply:
@@ -117,15 +122,7 @@ def _choose(
 
 def _canonical_proof(site: Site) -> MaskProof:
     renamed: dict[Expr, Expr] = {Size(name): Size(f"s{n}") for n, name in enumerate(site.spec.symbols)}
-    proof = site.proof
-    return with_fields(
-        proof,
-        key_lo=substitute(proof.key_lo, renamed),
-        key_hi=substitute(proof.key_hi, renamed),
-        query_lo=substitute(proof.query_lo, renamed),
-        query_hi=substitute(proof.query_hi, renamed),
-        residual=substitute(proof.residual, renamed),
-    )
+    return site.proof.mapped(lambda e: substitute(e, renamed))
 
 
 def size_hints(site: Site) -> dict[str, int]:

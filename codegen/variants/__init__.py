@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attncomp.codegen.variants.blocked import BLOCKED
+from attncomp.codegen.variants.checked import VENDOR_CPU_FLASH_CHECKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
@@ -10,6 +11,7 @@ from attncomp.variant import Variant
 
 VARIANTS: tuple[Variant, ...] = (
     VENDOR_CPU_FLASH,
+    VENDOR_CPU_FLASH_CHECKED,
     VENDOR_CUDNN,
     VENDOR_FLASH,
     VENDOR_EFFICIENT,

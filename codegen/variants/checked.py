@@ -1,0 +1,144 @@
+"""``vendor_cpu_flash_checked``: torch's CPU kernel, for a mask of data that was a simpler one when compiled.
+
+At each call the predicates of the proof's case are evaluated on the captured tensors: a row of numbers for padding or
+documents, the whole table for a buffer or an argument that holds a mask. If they hold, the kernel runs without that
+part of the mask (with ``is_causal`` instead of a dense triangle), else with all of it. Nothing is guessed at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from attncomp.codegen.materialise import score_grid
+from attncomp.codegen.ops import attention
+from attncomp.codegen.sdpa import NO_BIAS, Call, bias_of, finished
+from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH
+from attncomp.cost import Work
+from attncomp.evaluate import Grid, evaluate_tensor
+from attncomp.expr import Const, axes_of
+from attncomp.plan import Plan
+from attncomp.proof import Case
+from attncomp.spec import AttentionSpec
+from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+
+aten = torch.ops.aten
+
+CHECK_BYTES = 4.0
+"""Memory traffic of a check for each element that it looks at: the predicate's parts as booleans."""
+
+
+class CheckedFlash:
+    """The CPU kernel with the mask that the data turns out to have."""
+
+    name = "vendor_cpu_flash_checked"
+    family: Family = "vendor"
+    exactness: Exactness = "exact"
+    summary = "torch's fused SDPA kernel for CPUs, without the parts of a mask that the data makes true at a call"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def accept(self, request: Request) -> Offer | Rejection:
+        if not request.proof.cases:
+            return Rejection("no-case", "the mask was no simpler one for the data that the site was compiled with")
+        spec = request.spec
+        if spec.training and spec.size("d") != spec.size("e"):
+            return Rejection("width", "in training, keys and values of two widths are padded, without a backward here")
+        if spec.training and (spec.tensors[0].dtype != spec.dtype or spec.dtype == "float64"):
+            return Rejection("dtype", "in training, the kernel's own dtype is needed, and not float64")
+        affine = spec.affine()
+        if spec.training and (affine is None or not isinstance(affine[0], Const)):
+            return Rejection("scale", "in training, the scale must be a number that is known")
+        general = VENDOR_CPU_FLASH.accept(replace(request, proof=replace(request.proof, cases=())))
+        if isinstance(general, Rejection):
+            return general
+        (case,) = request.proof.cases
+        simpler = VENDOR_CPU_FLASH.accept(replace(request, spec=_within(spec, case), proof=case.proof))
+        if isinstance(simpler, Rejection):
+            return simpler
+        looked_at = sum(math.prod(request.hints[a] for a in axes_of(e)) for e in case.holds)
+        check = Work(flops=0.0, bytes=CHECK_BYTES * looked_at * (2 if spec.training else 1), launches=2)
+        return Offer({}, simpler.work + check, note=f"{case.proof.text} where the data allows it", uses_cases=True)
+
+    def build(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> torch.Tensor:
+        return attention(plan, q, k, v, captured, sizes)
+
+    def forward(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+        actual = _actual(plan, grid)
+        c = VENDOR_CPU_FLASH.prepare(actual, grid, q, k, v)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            c.q, c.k, c.v, 0.0, c.causal, attn_mask=c.mask, scale=c.scale
+        )
+        out = finished(out, actual.spec, grid, c)
+        if not out.transpose(1, 2).is_contiguous():  # the operator's memory order: (B, T, H, E)
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        return out, lse.to(torch.float32).contiguous()
+
+    def backward(
+        self,
+        plan: Plan,
+        grad_out: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+    ) -> list[torch.Tensor]:
+        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+        c: Call = VENDOR_CPU_FLASH.prepare(_actual(plan, grid), grid, q, k, v)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, c.q, c.k, c.v, out, lse, 0.0, c.causal, attn_mask=c.mask, scale=c.scale
+        )
+        return [_summed_to(g, x) for g, x in zip(grads, (q, k, v), strict=True)]
+
+
+def _wide(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _within(spec: AttentionSpec, case: Case) -> AttentionSpec:
+    """The spec where the case holds."""
+    normaliser = spec.normaliser
+    if case.proof.row_nonempty and bias_of(spec) == NO_BIAS:
+        normaliser = replace(normaliser, empty="impossible")
+    return replace(spec, mask=case.mask, normaliser=normaliser)
+
+
+def _actual(plan: Plan, grid: Grid) -> Plan:
+    """The plan with the mask that it has for this call's data."""
+    (case,) = plan.proof.cases
+    if all(bool(evaluate_tensor(e, grid).all()) for e in case.holds):
+        return replace(plan, spec=_within(plan.spec, case), proof=case.proof)
+    return plan
+
+
+def _summed_to(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The gradient of a broadcast tensor: summed over the dimensions in which it was expanded."""
+    for dim, size in enumerate(like.shape):
+        if size == 1 and grad.shape[dim] != 1:
+            grad = grad.sum(dim, keepdim=True)
+    return grad.to(like.dtype).contiguous()
+
+
+VENDOR_CPU_FLASH_CHECKED = CheckedFlash()
