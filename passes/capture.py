@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from attncomp.passes.autocast import explicit_casts, with_regions
+from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
@@ -68,7 +69,9 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     dynamo_graph = with_regions(inlined.graph)
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     try:
-        exported, signature = aot_export_module(dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True)
+        exported, signature = aot_export_module(
+            dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True, decompositions=FAST_PATHS
+        )
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
     assert isinstance(exported, GraphModule)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from attncomp.codegen.block_dropout import Drops, seeded
 from attncomp.codegen.block_operands import Operands, operands
 from attncomp.codegen.block_weights import restricted, weights
 from attncomp.codegen.blocks import Box, Site, add_to_load, block_rows, boxes, key_range
@@ -53,8 +54,8 @@ class Blocked:
         spec = request.spec
         if spec.transition is not None:
             return Rejection("recurrence", "blocks carry no state from key to key")
-        if spec.dropout > 0:
-            return Rejection("dropout", "blocks are computed twice, forward and backward, and have no dropout")
+        if spec.dropout > 0 and request.device != "cpu":
+            return Rejection("dropout", "each block's random numbers are drawn from a seed that the host must know")
         if operands(spec) is None:
             return Rejection(
                 "access", "the score is not a product of one load over queries and one over keys, or v is not one load"
@@ -108,6 +109,8 @@ class Blocked:
         from attncomp.codegen.ops import attention
 
         size, _ = extents(plan, q, k, v, sizes)
+        if plan.spec.dropout > 0:
+            plan, captured = seeded(plan, captured, q.device)
         return attention(plan, q.expand(size["b"], size["h"], -1, -1), k, v, captured, sizes)
 
     def forward(
@@ -125,14 +128,18 @@ class Blocked:
         softmax = plan.spec.kind == "softmax"
         lse = q.new_empty((size["b"], size["h"], size["i"]) if softmax else (0,), dtype=torch.float32)
         reader = Operands(site)
+        drops = Drops.of(site)
         for box in boxes(site, reader.group, plan.params["elements"], restricted=restricted(plan.spec)):
             w = weights(site, reader, box)
             at = (slice(*box.b), slice(*box.h), slice(*box.i))
+            kept = None if drops is None else drops.draw(box)
             if isinstance(plan.spec.weight, Weight):
-                found = reader.unfold(reader.fold(w.weight) @ reader.value(box), box)
+                shares = w.weight if kept is None else w.weight.mul_(kept)
+                found = reader.unfold(reader.fold(shares) @ reader.value(box), box)
                 out[at] = found if w.row is None else found.div_(w.row)
             else:
                 final = _final(site, box, w.weight if w.row is None else w.weight.div_(w.row))
+                final = final if kept is None else final * kept
                 out[at] = reader.unfold(reader.fold(final) @ reader.value(box), box)
             if w.lse is not None:
                 lse[at] = w.lse.squeeze(-1)
@@ -154,10 +161,11 @@ class Blocked:
         spec = plan.spec
         site = Site.of(plan, q, k, v, captured, sizes)
         reader = Operands(site)
+        drops = Drops.of(site)
         learned = ["q", "k", "v", *(t.name for t in spec.captured if t.requires_grad)]
         grads = {name: torch.zeros(site.tensors[name].shape, dtype=site.dtype, device=site.device) for name in learned}
         for box in boxes(site, reader.group, plan.params["elements"], restricted=restricted(spec)):
-            _backward_block(site, reader, box, grad_out, out, grads)
+            _backward_block(site, reader, box, grad_out, out, grads, None if drops is None else drops.draw(box))
         return [grads[name].to(site.tensors[name].dtype) for name in learned]
 
 
@@ -176,16 +184,24 @@ def _backward_block(
     grad_out: torch.Tensor,
     out: torch.Tensor,
     grads: Mapping[str, torch.Tensor],
+    kept: torch.Tensor | None,
 ) -> None:
-    """Add one block's part to `grads`, which are in the compute dtype and have the shapes of the tensors."""
+    """Add one block's part to `grads`, which are in the compute dtype and have the shapes of the tensors.
+
+    kept: what dropout multiplies the block's weights by.
+    """
     spec = site.plan.spec
     w = weights(site, reader, box)
     weight = w.weight if w.row is None else w.weight / w.row
     at = (slice(*box.b), slice(*box.h), slice(*box.i))
     upstream = grad_out[at].to(site.dtype)
     rows = reader.fold(upstream)
-    reader.add_value(box, reader.fold(_final(site, box, weight)).transpose(-1, -2) @ rows, grads)
+    final = _final(site, box, weight)
+    final = final if kept is None else final * kept
+    reader.add_value(box, reader.fold(final).transpose(-1, -2) @ rows, grads)
     change = reader.unfold(rows @ reader.value(box).transpose(-1, -2), box)  # so far of what multiplies the values
+    if kept is not None:
+        change = change.mul_(kept)
     if not isinstance(spec.weight, Weight):
         grid = site.grid(box.ranges, weight=weight)
         for load in learned_in(spec.weight, grads):

@@ -368,7 +368,6 @@ def test_lengths_known_at_run_time() -> None:
 PLAIN = spec_of()
 REJECTED = (
     ("recurrence", replace(PLAIN, transition=Transition())),
-    ("dropout", replace(PLAIN, dropout=0.1)),
     ("access", replace(PLAIN, score=op("abs", sub(Load("q", (B, H, I, D)), Load("k", (B, H, J, D)))))),
     ("dtype", replace(PLAIN, tensors=(*PLAIN.tensors[:2], replace(PLAIN.tensors[2], dtype="int64")))),
     ("output-dtype", replace(PLAIN, dtype="float32")),
@@ -381,6 +380,55 @@ def test_blocked_says_why_not(code: str, spec: AttentionSpec) -> None:
     found = BLOCKED.accept(request(spec, proof(spec)))
     assert isinstance(found, Rejection)
     assert found.code == code
+
+
+def test_dropout_needs_a_seed_on_the_host() -> None:
+    found = BLOCKED.accept(replace(request(replace(PLAIN, dropout=0.1), proof(PLAIN)), device="cuda"))
+    assert isinstance(found, Rejection)
+    assert found.code == "dropout"
+
+
+@pytest.mark.parametrize("spec", [PLAIN, spec_of(weight=mul(WEIGHT, Const(2.0)))], ids=["plain", "weight"])
+def test_dropout_takes_weights_away_and_scales_the_rest(spec: AttentionSpec) -> None:
+    """Values that are the identity show the weights themselves."""
+    dropped = replace(spec, dropout=0.25)
+    q, k, _ = made(spec)[:3]
+    v = torch.eye(N, dtype=q.dtype).expand(*k.shape[:2], N, N)
+    shaped = replace(
+        dropped,
+        sizes=(*dropped.sizes[:5], Const(N)),
+        tensors=(*dropped.tensors[:2], replace(dropped.tensors[2], shape=(*dropped.tensors[2].shape[:3], Const(N)))),
+    )
+    torch.manual_seed(3)
+    found = BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ())
+    whole = attention_reference(replace(shaped, dropout=0.0), q, k, v)
+    kept = found != 0
+    assert 0.72 < float(kept.double().mean()) < 0.78
+    torch.testing.assert_close(found, torch.where(kept, whole / 0.75, 0.0), atol=1e-12, rtol=1e-10)
+    again = BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ())
+    assert not torch.equal(found, again)
+    torch.manual_seed(3)
+    assert torch.equal(found, BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ()))
+
+
+def test_everything_is_dropped() -> None:
+    spec = replace(PLAIN, dropout=1.0)
+    q, k, v = made(spec)[:3]
+    assert not bool(BLOCKED.build(plan_of(spec, proof(spec)), q, k, v, (), ()).any())
+
+
+@pytest.mark.parametrize("weight", [WEIGHT, mul(WEIGHT, Const(2.0))], ids=str)
+def test_gradients_through_dropout(weight: Expr) -> None:
+    spec = replace(plain_spec(batch=1, heads=2, query=5, key=40, width=3, dtype="float64", training=True), dropout=0.4)
+    spec = replace(spec, weight=weight)
+    plan = plan_of(spec, proof(spec))
+    tensors = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 40, 40)]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        return BLOCKED.build(plan, q, k, v, (), ())
+
+    assert torch.autograd.gradcheck(attend, tensors)
 
 
 def test_blocked_runs_inside_the_operator() -> None:
