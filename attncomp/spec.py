@@ -52,12 +52,15 @@ class TensorInfo:
     """A tensor that the attention reads: q, k, v first, then what the program and the mask capture (c0, c1, ...).
 
     `shape` has one expression per dimension; a dimension of size 1 is read at index 0 (broadcast).
+    relative: two dimensions on whose difference alone (second less first) an element depends, as biases of relative
+        positions do, or None where no such fact was proven.
     """
 
     name: str
     shape: tuple[Expr, ...]
     dtype: str
     requires_grad: bool = False
+    relative: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,8 @@ class AttentionSpec:
         return AttentionSpec(
             sizes=tuple(fresh(s) for s in self.sizes),
             tensors=tuple(
-                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad) for t in self.tensors
+                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad, t.relative)
+                for t in self.tensors
             ),
             score=fresh(self.score),
             program=fresh(self.program),
@@ -231,6 +235,7 @@ class AttentionSpec:
                     "shape": [to_json(s) for s in x.shape],
                     "dtype": x.dtype,
                     "requires_grad": x.requires_grad,
+                    "relative": None if x.relative is None else list(x.relative),
                 }
                 for x in self.tensors
             ],
@@ -262,7 +267,13 @@ class AttentionSpec:
         return AttentionSpec(
             sizes=tuple(from_json(s) for s in data["sizes"]),
             tensors=tuple(
-                TensorInfo(x["name"], tuple(from_json(s) for s in x["shape"]), x["dtype"], x["requires_grad"])
+                TensorInfo(
+                    x["name"],
+                    tuple(from_json(s) for s in x["shape"]),
+                    x["dtype"],
+                    x["requires_grad"],
+                    None if x["relative"] is None else (int(x["relative"][0]), int(x["relative"][1])),
+                )
                 for x in data["tensors"]
             ),
             score=from_json(data["score"]),

@@ -14,6 +14,7 @@ from typing import Any
 
 from attncomp.codegen.printer import Level, Printer
 from attncomp.codegen.render import render
+from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tiled_source import (
     Arguments,
     Exponent,
@@ -38,10 +39,11 @@ from attncomp.expr import (
     axes_of,
     gt,
     loads_of,
+    sub,
     walk,
 )
 from attncomp.plan import Plan
-from attncomp.spec import AttentionSpec
+from attncomp.spec import AttentionSpec, I, J
 
 BACKWARD = "tiled_backward.py.jinja"
 
@@ -372,9 +374,12 @@ def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set
     spec, proof = plan.spec, plan.proof
     kept = [axis for axis in ("b", "h") if axis in x.axes]
     summed = [axis for axis in ("b", "h") if axis not in x.axes]
+    diagonal = at_distance(x.load)
+    # Along a diagonal of tiles the distance of each element stays the same, so the loop takes them too.
+    tile = ("i", "j", "i_first", "i_last")
     levels = (
-        Level("f", frozenset(("i", "j", "i_first", "i_last", *kept))),
-        Level("t", frozenset(summed)),
+        Level("f", frozenset(kept if diagonal is not None else (*tile, *kept))),
+        Level("t", frozenset(summed if diagonal is None else (*tile, *summed))),
         Level("x", frozenset(), score=True),
     )
     ranges = (at(proof.key_lo, "i_first"), at(proof.key_hi, "i_last"))
@@ -392,8 +397,8 @@ def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set
         inside=_EDGE,
         masks={"j": "j_ok"},
     )
-    table = _table_dimension(spec, x)
-    item = _item(after, x, "i")
+    table = _table_dimension(spec, x) if diagonal is None else diagonal
+    item = _item(after, x, "i") if diagonal is None else {"name": x.name, "tensor": x.load.tensor}
     context: dict[str, Any] = {
         **_blocks(plan, "pairs"),
         "name": name,
@@ -410,14 +415,18 @@ def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set
         "first_lines": printer.lines(0),
         "tile_lines": printer.lines(1),
         "stores": stores_pairs(spec, x.load),
+        "diagonal": diagonal is not None,
         "entries": 0,
     }
     if table is not None and not context["stores"]:
         tensor = x.load.tensor
         item["offset"] = after.offset(x.load, lambda dim: gradient_stride(tensor, dim), without=table)
-        context["entries"] = int(spec.tensor(tensor).shape[table].value)  # type: ignore[attr-defined]  # a Const
-        context["entry"] = after.index(x.load, table)
         context["entry_dim"] = table
+        if diagonal is None:
+            context["entries"] = int(spec.tensor(tensor).shape[table].value)  # type: ignore[attr-defined]  # a Const
+            context["entry"] = after.index(x.load, table)
+        else:
+            context["entry"] = after.value(sub(x.load.index[table], sub(J, I)))
     context["after_lines"] = after.lines(0)
     return context
 

@@ -70,7 +70,9 @@ def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -
     if spec.training:
         chosen["prepare"] = chosen["queries"]
         pairs = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1} if family == "float32" else _PAIRS
-        chosen["pairs"] = _fitted("queries", _shrunk(spec, pairs), d, e, item, limit, reads)
+        pairs = _fitted("queries", _shrunk(spec, pairs), d, e, item, limit, reads)
+        side = min(pairs["block_m"], pairs["block_n"])  # square, so that a diagonal of tiles is one of elements
+        chosen["pairs"] = {**pairs, "block_m": side, "block_n": side}
     return chosen
 
 
@@ -170,6 +172,7 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     elements = _element_loads(spec, request.proof)
     special = sum(_SPECIAL.get(n.name, 0) for n in walk(spec.program) if isinstance(n, Op) and _in_loop(n))
     special += spec.normaliser.kind == "softmax"
+    special += sum(isinstance(n, Load) and _from_table(n) for n in walk(spec.program))
     dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
     family = tile_family(spec, request.hardware)
     narrow = family == "hopper" and max(d, e) < 128
@@ -191,6 +194,14 @@ def _in_loop(e: Expr) -> bool:
 
 
 def _element_loads(spec: AttentionSpec, proof: MaskProof) -> float:
-    """Bytes read for each pair: from captured tensors indexed by query and key."""
-    loads = {n for e in (spec.program, proof.residual) for n in walk(e) if isinstance(n, Load)}
+    """Bytes read from memory for each pair: from captured tensors with a dimension for queries and one for keys."""
+    loads = {n for e in (spec.program, proof.residual) for n in walk(e) if isinstance(n, Load) and not _from_table(n)}
     return float(sum(_ITEM.get(spec.tensor(n.tensor).dtype, 8) for n in loads if {"i", "j"} <= axes_of(n)))
+
+
+def _from_table(load: Load) -> bool:
+    """Whether a read varies with query and key along one dimension only: the caches hold such a tensor."""
+    return (
+        any({"i", "j"} <= axes_of(a) for a in load.index)
+        and sum(bool(axes_of(a) & {"i", "j"}) for a in load.index) == 1
+    )

@@ -31,6 +31,7 @@ from attncomp.expr import (
 from attncomp.passes.access import Access, Read, access
 from attncomp.passes.axes import Axes, merged_names
 from attncomp.passes.contraction import is_contraction
+from attncomp.passes.difference import difference_dimensions
 from attncomp.passes.heads import kv_head, outer_axes, present_heads, same_heads, spec_sizes, to_spec_axes
 from attncomp.passes.mask import Masked, may_be_low, split_zeros
 from attncomp.passes.nodes import name_of, shape_of, value_of
@@ -158,7 +159,13 @@ def assemble(
     h_at = ZERO if h == ONE else H
     dtype = str(value_of(q.node).dtype).removeprefix("torch.")
     infos = tuple(
-        TensorInfo(renamed[name], shape_of(n), str(value_of(n).dtype).removeprefix("torch."), needs_gradient(n))
+        TensorInfo(
+            renamed[name],
+            shape_of(n),
+            str(value_of(n).dtype).removeprefix("torch."),
+            needs_gradient(n),
+            _relative(reader, n, renamed[name], program),
+        )
         for name, n in captured.items()
     )
     training = any(needs_gradient(n) for n in (q.node, k.node, v.node, *captured.values()))
@@ -197,6 +204,14 @@ def assemble(
         module=module_of(anchor) or module_of(output),
         location=location_of(anchor) or location_of(output),
     )
+
+
+def _relative(reader: Reader, node: Node, name: str, program: Expr) -> tuple[int, int] | None:
+    """The dimensions of a captured tensor, read by query and key, on whose difference alone its elements depend."""
+    for load in loads_of(program):
+        if load.tensor == name and {"i", "j"} <= axes_of(load):
+            return difference_dimensions(reader, node, load.index, "i", "j")
+    return None
 
 
 def _operands(

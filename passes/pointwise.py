@@ -218,6 +218,21 @@ def _pow(reader: Reader, node: Node, index: Index) -> Expr | None:
     return None
 
 
+def _extremum(name: str) -> Rule:
+    """``min`` and ``max`` of two tensors; the reductions of the same name are not pointwise."""
+    arithmetic = _arithmetic(name)
+
+    def rule(reader: Reader, node: Node, index: Index) -> Expr | None:
+        return arithmetic(reader, node, index) if is_pointwise(node) else None
+
+    return rule
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether an operator of this table works element by element in this overload."""
+    return name_of(node) not in ("min", "max") or getattr(node.target, "_overloadname", "") == "other"
+
+
 def _square(reader: Reader, node: Node, index: Index) -> Expr | None:
     x = reader.operand(node.args[0], index)
     return op("mul", x, x) if value_of(node).dtype.is_floating_point and x.kind == "float" else None
@@ -291,6 +306,8 @@ _LONG_NAMES = {
 
 POINTWISE: dict[str, Rule] = {
     **{n: _arithmetic(n) for n in ("add", "sub", "mul", "minimum", "maximum")},
+    "min": _extremum("minimum"),
+    "max": _extremum("maximum"),
     "subtract": _arithmetic("sub"),
     "multiply": _arithmetic("mul"),
     "rsub": _rsub,

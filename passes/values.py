@@ -25,6 +25,7 @@ from attncomp.expr import (
     eq,
     ge,
     le,
+    loads_of,
     lt,
     mul,
     op,
@@ -32,6 +33,7 @@ from attncomp.expr import (
     where,
 )
 from attncomp.passes.contraction import is_contraction
+from attncomp.passes.difference import depends_on_difference
 from attncomp.passes.nodes import EXACT_INTEGERS, Index, argument, dimension, kind_of, name_of, shape_of, value_of
 from attncomp.passes.pointwise import POINTWISE, Rule
 
@@ -176,6 +178,22 @@ def _index_select(reader: Reader, node: Node, index: Index) -> Expr | None:
     return reader.at(source, (*index[:k], ZERO if shape_of(source)[k] == ONE else at, *index[k + 1 :]))
 
 
+def _embedding(reader: Reader, node: Node, index: Index) -> Expr | None:
+    """A table of relative positions (T5's buckets): a short table is read, not the tensor of all pairs made from it."""
+    weight, indices = node.args[0], node.args[1]
+    assert isinstance(weight, Node)
+    assert isinstance(indices, Node)
+    special = (argument(node, 2, "padding_idx", -1) >= 0, argument(node, 3, "scale_grad_by_freq", False))
+    if any(special) or argument(node, 4, "sparse", False):
+        return None  # gradients of their own
+    axes = frozenset[str]().union(*(axes_of(a) for a in index[:-1]))
+    if "j" not in axes or not any(depends_on_difference(reader, indices, index[:-1], a, "j") for a in axes - {"j"}):
+        return None
+    at = reader.operand(indices, index[:-1])
+    # Buckets are captured whole: what led to them would be computed again for every pair.
+    return reader.at(weight, (reader.load(indices, index[:-1]) if loads_of(at) else at, index[-1]))
+
+
 def _arange(reader: Reader, node: Node, index: Index) -> Expr | None:
     overload = getattr(node.target, "_overloadname", "")
     start: Expr = ZERO
@@ -282,6 +300,7 @@ VALUES: dict[str, Rule] = {
     "stack": _stack,
     "index": _gather_index,
     "index_select": _index_select,
+    "embedding": _embedding,
     "arange": _arange,
     **dict.fromkeys(
         (

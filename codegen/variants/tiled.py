@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from attncomp.codegen.compile import has_triton, interprets, kernel_module
 from attncomp.codegen.launch import Boxes, Launch, describable, on_device
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import LONGEST, UnprintableError
+from attncomp.codegen.tabulate import at_distance, table_tensors, tabulate
 from attncomp.codegen.tiled_backward_source import (
     NoDerivativeError,
     backward_arguments,
@@ -50,6 +51,9 @@ class Tiled:
     # -- choosing ----------------------------------------------------------------------------------------------------
 
     def accept(self, request: Request) -> Offer | Rejection:
+        found = tabulate(request.spec)
+        if found is not None:
+            request = replace(request, spec=found.spec)
         rejection = _device(request) or _form(request.spec) or _shapes(request.spec) or _learned(request.spec)
         if rejection is not None:
             return rejection
@@ -81,7 +85,15 @@ class Tiled:
         captured: Sequence[torch.Tensor],
         sizes: Sequence[int],
     ) -> torch.Tensor:
-        return attention(plan, q, k, v, captured, sizes)
+        found = tabulate(plan.spec)
+        if found is None:
+            return attention(plan, q, k, v, captured, sizes)
+        tables = table_tensors(plan, found, q, k, v, captured, sizes)
+        named = dict(zip(plan.spec.symbols, sizes, strict=True))
+        kept = [captured[n] for n in found.kept]
+        return attention(
+            replace(plan, spec=found.spec), q, k, v, [*kept, *tables], [named[s] for s in found.spec.symbols]
+        )
 
     def forward(
         self,
@@ -305,7 +317,9 @@ class _Launcher:
             for n, x in enumerate(pairs):
                 name = f"pairs_{n}"
                 kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
-                tiles = query_tiles[name] * _tiles(keys, kernels[name].block_n)
+                down, across = query_tiles[name], _tiles(keys, kernels[name].block_n)
+                diagonal = at_distance(x.load) is not None
+                tiles = down * across if not diagonal else max(down + across - 1, 0)
                 kernels[name].launch(tiles * kept, named, lengths, sizes)
         grads = [dq, _summed_to(dk, k), _summed_to(dv, v)]
         return grads + [learned[name].to(by_name[name].dtype) for name in learned]

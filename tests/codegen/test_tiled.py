@@ -55,6 +55,7 @@ _QUICK = {
     "alibi_learned",
     "dense_bias_shared",
     "bias_table",
+    "distance_table_learned",
     "key_bias_learned",
     "padding_zero",
     "padding_nan",

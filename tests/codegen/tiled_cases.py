@@ -164,6 +164,14 @@ def _build() -> tuple[Case, ...]:
         captured=(_info("c0", (9, 2), grad=True),),
         captured_values=(lambda: torch.randn(9, 2),),
     )
+    distance = add(sub(J, I), Const(LENGTH - 1))
+    table: dict[str, Any] = {
+        "program": add(_scaled(16), Load("c0", (ZERO, H, distance))),
+        "captured": (_info("c0", (1, 2, 2 * LENGTH - 1), grad=True),),
+        "captured_values": (lambda: torch.randn(1, 2, 2 * LENGTH - 1),),
+    }
+    case("distance_table_learned", **table)
+    case("distance_table_causal", _causal, mask=causal, **table)
     case(
         "key_bias_learned",
         program=add(_scaled(16), Load("c0", (ZERO, J))),
