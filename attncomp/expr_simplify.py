@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from attncomp import polynomial
-from attncomp.expr_nodes import FALSE, ONE, TRUE, ZERO, Const, Expr, Op
+from attncomp.expr_nodes import FALSE, ONE, TRUE, ZERO, Const, Expr, Load, Op
 from attncomp.expr_operations import OPS, Number
 
 
@@ -106,10 +106,18 @@ def _simplify_mul(x: Expr, y: Expr) -> Expr | None:
     if isinstance(x, Const):
         return mul(y, x)
     if isinstance(y, Const) and isinstance(x, Op) and x.name == "mul" and isinstance(x.args[1], Const):
-        return mul(x.args[0], Const(float(x.args[1].value) * float(y.value)))
+        first, second = float(x.args[1].value), float(y.value)
+        # A huge number (a mask's finfo.min) may become infinite between a factor above 1 and one below.
+        if abs(first) <= 1 or abs(second) >= 1 or not _reads(x):
+            return mul(x.args[0], Const(first * second))
     if isinstance(x, Op) and isinstance(y, Op) and x.name == y.name == "where" and x.args[0] == y.args[0]:
         return where(x.args[0], mul(x.args[1], y.args[1]), mul(x.args[2], y.args[2]))
     return _over_where("mul", (x, y))
+
+
+def _reads(e: Expr) -> bool:
+    """Whether a float comes from a tensor: it may be huge, as scores are not."""
+    return isinstance(e, Load) or (isinstance(e, Op) and any(_reads(a) for a in e.args))
 
 
 def _simplify_div(x: Expr, y: Expr) -> Expr | None:

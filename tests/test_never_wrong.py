@@ -653,6 +653,19 @@ def test_rows_that_are_minus_infinity_in_a_captured_bias(how: str) -> None:
     assert agree(f, *heads(), bias).site.verdict == "rewritten"
 
 
+def test_factors_that_make_a_low_number_infinite_on_the_way_are_not_merged() -> None:
+    """finfo.min · -1.5 is inf and stays it when halved; finfo.min · -0.75 would be finite."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        return ((scores_of(q, k) + low) * -1.5 * 0.5).softmax(-1) @ v
+
+    low = torch.zeros(3, 1, 1)
+    low[1] = torch.finfo(torch.float32).min
+    made = agree(f, *heads(grad=False), low)
+    assert made.eager.outputs[:, 1].isnan().all()
+    assert not made.eager.outputs[:, 0].isnan().any()
+
+
 @pytest.mark.parametrize("padding", all_slow_but("float", "integer", "buffer"))
 def test_left_padding_beside_a_causal_mask_filled_with_the_minimum(padding: str) -> None:
     """In the padding's rows every key has finfo.min once or twice: softmax is uniform over those that have it once."""

@@ -34,6 +34,7 @@ from attncomp.variant import Offer, Rejection, Request
 from tests.codegen.tiled_cases import CASES
 from tests.codegen.tiled_runs import (
     WIDTHS,
+    built_errors,
     errors,
     find,
     interpret,
@@ -77,16 +78,16 @@ def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
     """Runs cases in one process where Triton is imported with its interpreter on; here it stays a compiler."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:
 
-        def run(*args: Any) -> dict[str, float]:
+        def interpreted(*args: Any, run: Callable[..., dict[str, float]] = interpreted_errors) -> dict[str, float]:
             try:
-                return pool.submit(interpreted_errors, *args).result(timeout=300)
+                return pool.submit(run, *args).result(timeout=300)
             except Exception as error:
                 # Triton 3.6 converts an array of one element to an int, which NumPy no longer allows.
                 if "only 0-dimensional arrays can be converted" not in str(error):
                     raise
                 pytest.skip("this Triton's interpreter does not run with this NumPy")
 
-        yield run
+        yield interpreted
 
 
 def _parameters() -> list[Any]:
@@ -103,6 +104,14 @@ def test_forward_and_gradients_match_the_reference(name: str, interpreter: Calla
     assert {k: v for k, v in found.items() if not v <= tolerance[k]} == {}
     learned = 0 if case.forward_only else 3 + sum(t.requires_grad for t in case.spec.captured)
     assert len(found) == 1 + learned
+
+
+def test_tables_of_distances_match_the_reference_with_gradients(
+    interpreter: Callable[..., dict[str, float]],
+) -> None:
+    found = interpreter("relative_buckets", run=built_errors)
+    assert set(found) == {"out", "dq", "dk", "dv", "dc0"}
+    assert max(found.values()) <= _TOLERANCE["float32"]
 
 
 @pytest.mark.gpu

@@ -172,6 +172,22 @@ def _build() -> tuple[Case, ...]:
     }
     case("distance_table_learned", **table)
     case("distance_table_causal", _causal, mask=causal, **table)
+
+    def buckets() -> torch.Tensor:
+        place = torch.arange(LENGTH)
+        return ((place - place[:, None]).abs().float().sqrt() + 7 * (place > place[:, None])).long()
+
+    case(
+        "relative_buckets",
+        _causal,
+        mask=causal,
+        program=add(_scaled(16), Load("c0", (Load("c1", (I, J), "int"), H))),
+        captured=(
+            _info("c0", (14, 2), grad=True),
+            TensorInfo("c1", (Const(LENGTH), Const(LENGTH)), "int64", relative=(0, 1)),
+        ),
+        captured_values=(lambda: torch.randn(14, 2), buckets),
+    )
     case(
         "key_bias_learned",
         program=add(_scaled(16), Load("c0", (ZERO, J))),

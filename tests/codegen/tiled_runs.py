@@ -105,3 +105,24 @@ def interpreted_errors(name: str, dtype: str | None = None) -> dict[str, float]:
     """`errors` of a case on the CPU, in this process's Triton interpreter."""
     case = find(name) if dtype is None else with_dtype(find(name), dtype)
     return errors(case, small_tiles(plan_of(case, "cpu")), "cpu")
+
+
+def built_errors(name: str) -> dict[str, float]:
+    """As `interpreted_errors`, through `build` and autograd, as a model runs it."""
+    case = find(name)
+    torch.manual_seed(0)
+    leaves = [x.requires_grad_(x.is_floating_point()) for x in case.inputs()]
+    wanted = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in leaves]
+    expected = attention_reference(case.spec, wanted[0], wanted[1], wanted[2], wanted[3:], case.sizes)
+    plan = small_tiles(plan_of(case, "cpu"))
+    out = Tiled().build(plan, leaves[0], leaves[1], leaves[2], leaves[3:], case.sizes)
+    direction = torch.randn_like(out)
+    out.backward(direction)
+    expected.backward(direction.double())
+    pairs = {"out": (out.detach(), expected.detach())}
+    for info, x, y in zip(case.spec.tensors, leaves, wanted, strict=True):
+        if x.requires_grad:
+            assert x.grad is not None
+            assert y.grad is not None
+            pairs[f"d{info.name}"] = (x.grad, y.grad)
+    return {name: _error(mine, right) for name, (mine, right) in pairs.items()}
