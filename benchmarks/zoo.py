@@ -9,6 +9,7 @@ Run with ``PYTHONPATH=. python benchmarks/zoo.py [--models REGEX] [--executors e
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -304,27 +305,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = m.attncomp_options(always=args.tiny, debug=args.tiny)
     m.say(f"{m.conditions(args.device)}\n")
     rows = [measured(e, args.device, how, args.runs, options, args.tiny) for e in chosen]
-    head = [
-        "model",
-        "attention",
-        "phase",
-        "batch x length",
-        *(f"{x} ms | {x} GiB" for x in how),
-        "attncomp error",
-        "inductor error",
-    ]
-    m.say(f"\n{m.table([*head[:4], *' | '.join(head[4:-2]).split(' | '), *head[-2:]], rows)}")
+    times = [title for x in how for title in (f"{x} ms", f"{x} GiB")]
+    head = ["model", "attention", "phase", "batch x length", *times, *(f"{x} error" for x in m.EXECUTORS)]
+    m.say(f"\n{m.table(head, rows)}")
+
+
+def float32_output(model: nn.Module, inputs: tuple[Tensor, ...], device: str) -> Tensor | None:
+    """The first sequence's output with the same weights in float32 (on the device, without TF32), if it fits."""
+    try:
+        with torch.inference_mode():
+            first = tuple(x[:1].float() if x.is_floating_point() else x[:1] for x in inputs)
+            out: Tensor = copy.deepcopy(model).float()(*first)
+            return out
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        m.release(device)
 
 
 def measured(
     entry: Entry, device: str, how: Sequence[str], runs: int, options: dict[str, Any], tiny: bool
 ) -> list[str]:
-    """One row; the last columns are attncomp's and inductor's relative difference from the first that ran."""
+    """One row; the last columns are the relative differences from float32, in training from the first that ran."""
     dtype = torch.float32 if tiny else torch.bfloat16
     model, inputs = build(entry, device, dtype, tiny)
     call = call_of(model, inputs, entry.phase)
     cells: list[str] = []
-    first: Any = None
+    first: Any = float32_output(model, inputs, device) if entry.phase == "forward" else None
     errors = {}
     for name in how:
         before = len(attncomp.reports())
@@ -340,7 +347,7 @@ def measured(
         for report in m.reports_since(before):
             m.say(f"  {m.report_summary([report])}")
     shape = " x ".join(str(n) for n in (entry.batch, entry.length))
-    found = [m.relative(errors[x]) if x in errors else "-" for x in ("attncomp", "inductor")]
+    found = [m.relative(errors[x]) if x in errors else "-" for x in m.EXECUTORS]
     return [entry.name, entry.attention, entry.phase, shape, *cells, *found]
 
 
