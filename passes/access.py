@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Node
 
 from attncomp import polynomial
@@ -47,6 +48,12 @@ def access(
     factor: Expr = Const(1.0)
     while True:
         dims = _plain(reader, node, index, wanted, grouped)
+        if dims is None and best is None:
+            part = strided(reader, node, index)
+            if part is not None:
+                of_part = _plain(reader, *part, wanted, grouped)
+                if of_part is not None and not (complete and _misses(of_part[0], wanted, reader.extents)):
+                    best = Access(part[0], of_part[0], factor, of_part[1])
         if dims is not None and not (complete and _misses(dims[0], wanted, reader.extents)):
             best = Access(node, dims[0], factor, dims[1])
         if name_of(node) == "detach" or node in reader.no_grad:
@@ -60,6 +67,49 @@ def access(
             factor = mul(factor, by)
             continue
         node, index = step
+
+
+def strided(reader: Reader, node: Node, index: Index) -> Read | None:
+    """A slice of `node`, a new node of the graph, where it is read at every n-th element from a start: ``2 * h + 1``.
+
+    The node stays without users, and goes with the dead ones, if what it is for is not replaced.
+    """
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() != len(index):
+        return None
+    slices: list[tuple[int, int, int, int]] = []
+    plain = list(index)
+    for dim, a in enumerate(index):
+        if isinstance(a, Axis | Const):
+            continue
+        terms = dict(polynomial.terms(a))
+        start = terms.pop((), 0)
+        if len(terms) != 1:
+            return None
+        ((monomial, step),) = terms.items()
+        if len(monomial) != 1 or not isinstance(monomial[0], Axis) or step < 1 or start < 0:
+            return None
+        size = polynomial.constant(reader.extents.get(monomial[0].name, Const(-1)))
+        if size is None or size < 1:
+            return None
+        slices.append((dim, start, start + step * (size - 1) + 1, step))
+        plain[dim] = monomial[0]
+    if not slices:
+        return None
+    mode = detect_fake_mode([value])
+    if mode is None:
+        return None
+    after = node
+    while after.next.op == "placeholder":
+        after = after.next
+    for dim, start, stop, step in slices:
+        with reader.graph.graph.inserting_after(after):
+            part = reader.graph.graph.call_function(torch.ops.aten.slice.Tensor, (node, dim, start, stop, step))
+        with mode:
+            value = torch.ops.aten.slice.Tensor(value, dim, start, stop, step)
+        part.meta = {**node.meta, "val": value}
+        node = after = part
+    return node, tuple(plain)
 
 
 def _misses(dims: tuple[int | None, ...], wanted: tuple[str, ...], extents: dict[str, Expr]) -> bool:

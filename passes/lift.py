@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.passes.contraction import is_contraction
+from attncomp.passes.distribute import DISTRIBUTED, distribute, put_back
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax
@@ -22,7 +23,21 @@ _SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax", *LOG_SOFT
 
 
 def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
-    """Every attention in the graph, in graph order: lifted, or missed with a reason."""
+    """Every attention in the graph, in graph order: lifted, or missed with a reason.
+
+    Products with sums of weights are taken apart in the graph, where that makes attentions of them.
+    """
+    apart = distribute(graph)
+    found = _anchored(graph)
+    outputs = {s.output for s in found if isinstance(s, Site)}
+    whole = [d for d in apart if not all(part in outputs or DISTRIBUTED in part.meta for part in d.parts)]
+    if whole:
+        put_back(graph)
+        found = _anchored(graph)
+    return found
+
+
+def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
     found: list[Site | Missed] = []
     claimed: set[Node] = set()
     for node in graph.graph.nodes:
@@ -38,7 +53,7 @@ def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
             if isinstance(result, Site):
                 claimed |= result.covered()
     for node in reversed(graph.graph.nodes):
-        if is_contraction(node) and node not in claimed:
+        if is_contraction(node) and node not in claimed and DISTRIBUTED not in node.meta:
             result = attempted(lift_linear(graph, node))
             if result is not None:
                 found.append(_reported("linear", node, result))

@@ -6,9 +6,10 @@ import torch
 from torch.fx import Node
 
 from attncomp import polynomial
-from attncomp.expr import ONE, Axis, Const, Expr, Weight, add, axes_of, loads_of, op, sub, substitute
+from attncomp.expr import ONE, Const, Expr, Weight, add, axes_of, loads_of, op, sub, substitute
 from attncomp.passes.axes import Axes, split_merged
 from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
+from attncomp.passes.distribute import DISTRIBUTED
 from attncomp.passes.nodes import Index, argument, name_of, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
@@ -131,8 +132,7 @@ def _lift_product(graph: torch.fx.GraphModule, softmax: Node, output: Node, path
             "softmax-axis",
             f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over",
         )
-    rest = [a for n, a in enumerate(index) if n != dim and not isinstance(a, Const)]
-    if not all(isinstance(a, Axis) for a in rest) or len(set(rest)) != len(rest) or J in rest:
+    if any("j" in axes_of(a) for n, a in enumerate(index) if n != dim):
         yield Rejection(
             "weights-layout",
             f"the weights are rearranged between softmax and values: read at ({', '.join(map(str, index))})",
@@ -192,6 +192,8 @@ def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
     while queue:
         node = queue.pop(0)
         for user in node.users:
+            if DISTRIBUTED in user.meta:
+                continue  # no longer used
             if is_contraction(user) and not (name_of(user) == "baddbmm" and user.args[0] is node):
                 if user not in consumers:
                     consumers.append(user)

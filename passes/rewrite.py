@@ -17,6 +17,7 @@ from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
+from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import lower, replace
@@ -84,6 +85,7 @@ def rewrite(
             failure = _apply(graph, item, choice, check_values)
         reports.append(_site_report(item, request, choice, failure))
     if apply:
+        put_back(graph)
         _remove_dead(graph)
         problem = outline(graph, captured.checkpoints)
         if problem is not None:

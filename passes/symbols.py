@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 
+from attncomp import polynomial
 from attncomp.expr import Const, Expr, Size, add, floordiv, maximum, minimum, mod, mul
 
 
@@ -63,7 +64,9 @@ def _from_sympy(e: Any) -> Expr:
             result = mul(result, base)
         return result
     if name in ("FloorDiv", "CleanDiv", "PythonMod", "Mod") and len(args) == 2:
-        return floordiv(*args) if name in ("FloorDiv", "CleanDiv") else mod(*args)
+        if name in ("FloorDiv", "CleanDiv"):
+            return _exact_quotient(*args) or floordiv(*args)
+        return mod(*args)
     if name in ("Max", "Min") and args:
         join = maximum if name == "Max" else minimum
         result = args[0]
@@ -71,6 +74,25 @@ def _from_sympy(e: Any) -> Expr:
             result = join(result, a)
         return result
     raise NotAnIntegerError(f"no index expression for the size {e}")
+
+
+def _exact_quotient(x: Expr, n: Expr) -> Expr | None:
+    """``x / n`` where every term of x has all factors of n: torch writes ``s*s//s`` for sizes of views."""
+    divisor = polynomial.terms(n)
+    if len(divisor) != 1:
+        return None
+    ((factors, times),) = divisor.items()
+    quotient: dict[tuple[Expr, ...], int] = {}
+    for monomial, coefficient in polynomial.terms(x).items():
+        left = list(monomial)
+        for factor in factors:
+            if factor not in left:
+                return None
+            left.remove(factor)
+        if coefficient % times:
+            return None
+        quotient[tuple(left)] = coefficient // times
+    return polynomial.build(quotient)
 
 
 def hint(value: Any) -> int:
