@@ -8,8 +8,9 @@ user's code mutates comes out as extra values, which are copied back into the in
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
-from attncomp.passes.opaque import restore
+from attncomp.passes.opaque import opaque, restore
+from attncomp.passes.vmapped import Segment
 from attncomp.variant import Rejection
 
 _VIEW_NAMES = frozenset(
@@ -53,12 +55,13 @@ class Captured:
     """A functional graph that takes `lifted` tensors before the user's inputs.
 
     `lifted` are the parameters and buffers that the Dynamo graph held. `checkpoints` were inlined, and are outlined
-    again when the graph is rewritten.
+    again when the graph is rewritten; so are the nodes under ``vmap``, which stand as opaque nodes by number.
     """
 
     graph: GraphModule
     lifted: tuple[torch.Tensor, ...]
     checkpoints: tuple[Checkpoint, ...] = ()
+    segments: Mapping[int, Segment] = field(default_factory=dict)
 
 
 def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Rejection:
@@ -98,7 +101,12 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     for node in list(graph.graph.nodes):
         if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
             graph.graph.erase_node(node)
-    names = ["_buffers_"] * len(lifted) + [str(n.target) for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+    given = [n for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+    for node, source in zip(placeholders[len(lifted) :], given, strict=True):
+        example = getattr(source.meta.get("grapharg"), "example", None)
+        if isinstance(example, torch.Tensor):  # the values that the graph is compiled with; not kept alive for that
+            node.meta["attncomp_example"] = weakref.ref(example)
+    names = ["_buffers_"] * len(lifted) + [str(n.target) for n in given]
     for node, x, name in zip(placeholders, (*lifted, *inputs), names, strict=True):
         node.meta["attncomp_state"] = isinstance(x, torch.nn.Parameter) or ("_buffers_" in name and _moderate(x))
     for node in graph.graph.nodes:
@@ -107,7 +115,11 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     _mark_gradients(graph, [*(isinstance(t, torch.nn.Parameter) and t.requires_grad for t in lifted), *grad_inputs])
     graph.graph.lint()
     graph.recompile()
-    return Captured(graph, lifted, inlined.checkpoints)
+    segments = {n: item for n, item in enumerate(inlined.kept) if isinstance(item, Segment)}
+    for node in graph.graph.nodes:
+        if node.target is opaque:
+            node.meta["attncomp_segment"] = segments[node.args[1]]
+    return Captured(graph, lifted, inlined.checkpoints, segments)
 
 
 def _moderate(x: Any) -> bool:

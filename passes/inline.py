@@ -18,6 +18,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule, Node
 
 from attncomp.passes.opaque import Kept, keep
+from attncomp.passes.vmapped import Segment, enters, keep_segment, segment
 from attncomp.variant import Rejection
 
 CHECKPOINT = "attncomp_checkpoint"
@@ -42,12 +43,12 @@ class Inlined:
 
     graph: GraphModule
     checkpoints: tuple[Checkpoint, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[Kept | Segment, ...] = ()
 
 
 def inline(graph: GraphModule) -> Inlined | Rejection:
     """The graph with the bodies of its higher-order operators inlined; the graph itself if it has none."""
-    if not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.graph.nodes):
+    if not any(isinstance(n.target, torch._ops.HigherOrderOperator) or enters(n) for n in graph.graph.nodes):
         return Inlined(graph)
     copy = _Copy()
     new = copy.module(graph, None, ())
@@ -66,7 +67,7 @@ class _Copy:
     graph: Graph = field(default_factory=Graph)
     attributes: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[Kept | Segment] = field(default_factory=list)
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
 
     def module(self, source: GraphModule, operands: tuple[Any, ...] | None, inside: tuple[int, ...]) -> Any | Rejection:
@@ -77,6 +78,8 @@ class _Copy:
         env: dict[Node, Any] = {}
         given = iter(operands or ())
         for node in source.graph.nodes:
+            if node in env:  # part of a segment
+                continue
             if node.op == "placeholder" and operands is not None:
                 env[node] = next(given)
             elif node.op == "output":
@@ -88,6 +91,10 @@ class _Copy:
                 if isinstance(made, Rejection):
                     return made
                 env[node] = made
+            elif enters(node):
+                problem = self._segment(source, node, env, inside, top=operands is None)
+                if problem is not None:
+                    return problem
             elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
             else:
@@ -105,6 +112,25 @@ class _Copy:
         if inside:
             new.meta["custom"] = {**(node.meta.get("custom") or {}), CHECKPOINT: inside}
         return new
+
+    def _segment(
+        self, source: GraphModule, first: Node, env: dict[Node, Any], inside: tuple[int, ...], top: bool
+    ) -> Rejection | None:
+        found = segment(first)
+        if isinstance(found, Rejection):
+            return found
+        node, members = first, set(found.nodes)
+        while node is not found.nodes[-1]:  # sizes and constants that are named among the segment's nodes
+            if node not in members:
+                env[node] = self._one(source, node, env, inside, top)
+            node = node.next
+        made = keep_segment(self.graph, self.attributes, found, [env[n] for n in found.operands], len(self.kept))
+        self.kept.append(found)
+        env.update(dict.fromkeys(found.nodes))
+        env.update(zip(found.results, made, strict=True))
+        for node in made if inside else ():
+            node.meta["custom"] = node.args[0].meta["custom"] = {CHECKPOINT: inside}
+        return None
 
     def _operator(self, node: Node, env: dict[Node, Any], inside: tuple[int, ...]) -> Any | Rejection:
         name = str(node.target.name())  # type: ignore[union-attr]

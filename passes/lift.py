@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from attncomp.passes.contraction import is_contraction
 from attncomp.passes.distribute import DISTRIBUTED, distribute, put_back
+from attncomp.passes.lift_flex import is_flex, lift_flex, result_of
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax
@@ -41,15 +42,20 @@ def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
     found: list[Site | Missed] = []
     claimed: set[Node] = set()
     for node in graph.graph.nodes:
+        anchor = node
         if name_of(node) in _SOFTMAX:
             results = lift_softmax(graph, node)
         elif name_of(node) == "scaled_dot_product_attention":
             result = attempted(lift_sdpa(graph, node))
             results = [] if result is None else [result]
+        elif is_flex(node) and (part := result_of(node)) is not None:
+            anchor = part
+            result = attempted(lift_flex(graph, node))
+            results = [] if result is None else [result]
         else:
             continue
         for result in results:
-            found.append(_reported("softmax", node, result))
+            found.append(_reported("softmax", anchor, result))
             if isinstance(result, Site):
                 claimed |= result.covered()
     for node in reversed(graph.graph.nodes):

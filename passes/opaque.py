@@ -62,7 +62,7 @@ class _Opaque(HigherOrderOperator):
         return super().__call__(results, number, *operands)  # type: ignore[no-untyped-call]
 
 
-class _Results:
+class Results:
     """Recorded results, as an attribute of the graph that tracers leave alone."""
 
     def __init__(self, values: Any) -> None:
@@ -90,18 +90,17 @@ def keep(
         return Rejection("higher-order-op", f"{name}: results of unknown shape")
     places = tuple(n for n, x in enumerate(leaves) if isinstance(x, Node))
     operands = [leaves[n] for n in places]
-    attributes[f"_results_{number}"] = _Results(results)
+    attributes[f"_results_{number}"] = Results(results)
     new = graph.call_function(opaque, (graph.get_attr(f"_results_{number}"), number, *operands))
     new.meta = dict(node.meta)
     return Kept(node.target, tuple(leaves), structure, places), new
 
 
-def restore(graph: GraphModule, kept: Sequence[Kept]) -> Rejection | None:
+def restore(graph: GraphModule, kept: Sequence[object]) -> None:
     """Replace the opaque nodes of a traced graph by their operators."""
     for node in list(graph.graph.nodes):
-        if node.target is not opaque:
+        if node.target is not opaque or not isinstance(item := kept[node.args[1]], Kept):
             continue
-        item = kept[node.args[1]]
         operands = dict(zip(item.operands, node.args[2:], strict=True))
         with graph.graph.inserting_before(node):
             leaves: list[Any] = []
@@ -117,7 +116,6 @@ def restore(graph: GraphModule, kept: Sequence[Kept]) -> Rejection | None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
-    return None
 
 
 def _impure(body: GraphModule, operator: str) -> str | None:
@@ -141,7 +139,7 @@ def _impure(body: GraphModule, operator: str) -> str | None:
             problem = next((p for m in nested if isinstance(m, GraphModule) and (p := _impure(m, inner))), None)
             if problem is not None:
                 return f"{inner} inside: {problem}"
-        elif (written := _writes(node)) is not None:
+        elif (written := writes(node)) is not None:
             return written
     return None
 
@@ -155,12 +153,13 @@ def _returned(output: Node, operator: str) -> list[Node]:
     return [x for x in pytree.tree_leaves(results) if isinstance(x, Node)]
 
 
-def _writes(node: Node) -> str | None:
+def writes(node: Node) -> str | None:
+    """What a node of a Dynamo graph writes to; None if nothing."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
         return f"{target} writes to its operand"
     name = str(target) if node.op == "call_method" else str(getattr(target, "__name__", ""))
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
     if name in _WRITES or in_place or "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return f"{name} writes to its operand"
     if node.op == "call_module":
@@ -173,7 +172,7 @@ def _memory(node: Node) -> set[Any]:
     return {x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor)}
 
 
-def _fresh(results: _Results) -> Any:
+def _fresh(results: Results) -> Any:
     def one(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
@@ -183,7 +182,7 @@ def _fresh(results: _Results) -> Any:
 
 
 @opaque.py_impl(ProxyTorchDispatchMode)
-def _traced(mode: Any, results: _Results, number: int, *operands: Any) -> Any:
+def _traced(mode: Any, results: Results, number: int, *operands: Any) -> Any:
     made = opaque(results, number, *operands)
     proxies = pytree.tree_map(mode.tracer.unwrap_proxy, operands)
     # the recorded results stay outside of the graph: `restore` finds them by number
@@ -192,26 +191,26 @@ def _traced(mode: Any, results: _Results, number: int, *operands: Any) -> Any:
 
 
 @opaque.py_impl(FakeTensorMode)
-def _faked(mode: FakeTensorMode, results: _Results, number: int, *operands: Any) -> Any:
+def _faked(mode: FakeTensorMode, results: Results, number: int, *operands: Any) -> Any:
     with mode:
         return _fresh(results)
 
 
 @opaque.py_functionalize_impl
-def _functional(ctx: Any, results: _Results, number: int, *operands: Any) -> Any:
+def _functional(ctx: Any, results: Results, number: int, *operands: Any) -> Any:
     unwrapped = ctx.unwrap_tensors(operands)
     with ctx.redispatch_to_next():
         return ctx.wrap_tensors(opaque(results, number, *unwrapped))
 
 
 @opaque.py_impl(DispatchKey.CompositeExplicitAutograd)
-def _run(results: _Results, number: int, *operands: Any) -> Any:
+def _run(results: Results, number: int, *operands: Any) -> Any:
     if any(isinstance(x, FakeTensor) for x in operands):
         return _fresh(results)
     raise RuntimeError("an opaque operator outlived the capture")
 
 
 @opaque.py_impl(DispatchKey.Autograd)
-def _differentiable(results: _Results, number: int, *operands: Any) -> Any:
+def _differentiable(results: Results, number: int, *operands: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return opaque(results, number, *operands)

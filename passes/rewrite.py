@@ -20,12 +20,15 @@ from attncomp.passes.choose import Choice, choose
 from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.lift import lift
+from attncomp.passes.lift_flex import is_flex
 from attncomp.passes.lower import lower, replace
 from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
 from attncomp.passes.prove import prove
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.verify import numeric_difference, verify_metadata
+from attncomp.passes.vmapped import restore_segments
 from attncomp.policy import Policy
 from attncomp.proof import MaskProof
 from attncomp.report import Report, SiteReport
@@ -87,6 +90,7 @@ def rewrite(
     if apply:
         put_back(graph)
         _remove_dead(graph)
+        restore_segments(graph, captured.segments)
         problem = outline(graph, captured.checkpoints)
         if problem is not None:
             return Rewritten(None, Report((), str(problem), device, policy.canonical(), time.perf_counter() - start))
@@ -156,6 +160,8 @@ def as_written_ms(site: Site, request: Request, variants: Sequence[Variant], har
     kv_heads = n["h"] // (spec.group or 1)
     if name_of(site.anchor) == "scaled_dot_product_attention":
         return _library_ms(site, request, variants, hardware)
+    if name_of(site.anchor) == "getitem" and is_flex(site.anchor.args[0]):
+        return _flex_ms(request, variants, hardware)
     shape = (n["b"], n["h"], kv_heads, n["i"], n["j"], n["d"], n["e"], itemsize, spec.training)
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(spec.dtype, "fp32")
     efficiency = UNFUSED[hardware.kind]
@@ -165,6 +171,17 @@ def as_written_ms(site: Site, request: Request, variants: Sequence[Variant], har
         else unfused_linear_work(*shape, dtype=dtype, efficiency=efficiency)
     )
     return predict_ms(work, hardware)
+
+
+def _flex_ms(request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
+    """A flex_attention call: about what the best kernel generated here takes, which skips the same blocks."""
+    times = []
+    for variant in variants:
+        if variant.family != "vendor" and variant.exactness == "exact" and request.device in variant.devices:
+            answer = variant.accept(request)
+            if isinstance(answer, Offer):
+                times.append(predict_ms(answer.work, hardware))
+    return min(times, default=float("inf"))
 
 
 def _library_ms(site: Site, request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
@@ -236,7 +253,7 @@ def _remove_dead(graph: GraphModule) -> None:
     def impure(node: Node) -> bool:
         if node.op in ("placeholder", "output"):
             return True
-        if name_of(node) == "dropout":
+        if name_of(node) == "dropout" or node.target is opaque:
             return False
         return bool(node.is_impure())
 
