@@ -106,7 +106,7 @@ def _read_segment(reader: Reader, node: Node, body: GraphModule, index: Sequence
     bound: list[Any] = []
     arguments = [n for n in body.graph.nodes if n.op == "placeholder"][:4]
     for begin, axis, like in zip(begins, index, arguments, strict=True):
-        source = outer.get(begin.args[0])  # type: ignore[arg-type]
+        source = outer.get(begin.args[0])
         if not isinstance(source, Node):
             return None
         at = ZERO if is_one(value_of(source).shape[0]) else axis  # made for one batch or head, used for all

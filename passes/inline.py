@@ -128,8 +128,9 @@ class _Copy:
         self.kept.append(found)
         env.update(dict.fromkeys(found.nodes))
         env.update(zip(found.results, made, strict=True))
-        for node in made if inside else ():
-            node.meta["custom"] = node.args[0].meta["custom"] = {CHECKPOINT: inside}
+        for node in (x for part in made for x in (part, *part.all_input_nodes)):
+            if inside:
+                node.meta["custom"] = {CHECKPOINT: inside}
         return None
 
     def _operator(self, node: Node, env: dict[Node, Any], inside: tuple[int, ...]) -> Any | Rejection:

@@ -8,6 +8,7 @@ hand, without a ``mask_mod``, or against it) are left to flex_attention.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -38,14 +39,11 @@ def result_of(node: Node) -> Node | None:
 
 
 def lift_flex(graph: GraphModule, node: Node) -> Attempt:
-    q, k, v, score_mod, block_mask, scale, _, *captured = node.args
-    score_tensors, mask_tensors = (list(captured[n]) if len(captured) > n else [] for n in range(2))  # type: ignore[arg-type]
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    assert isinstance(v, Node)
-    *_, block_rows, block_columns, mask_mod = block_mask  # type: ignore[misc]
-    bodies = [getattr(graph, str(x.target), None) if isinstance(x, Node) else None for x in (score_mod, mask_mod)]
-    score_body, mask_body = bodies
+    arguments: Any = node.args
+    q, k, v, score_mod, block_mask, scale, _, *captured = arguments
+    score_tensors, mask_tensors = (list(captured[n]) if len(captured) > n else [] for n in range(2))
+    *_, block_rows, block_columns, mask_mod = block_mask
+    score_body, mask_body = (getattr(graph, str(x.target), None) for x in (score_mod, mask_mod))
     if not isinstance(score_body, GraphModule) or not isinstance(mask_body, GraphModule):
         yield Rejection("flex-function", "its functions are not in the graph")
     assert isinstance(score_body, GraphModule)
@@ -65,7 +63,9 @@ def lift_flex(graph: GraphModule, node: Node) -> Attempt:
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     group = 1
     if heads != kv_heads:
-        if not (isinstance(heads, Const) and isinstance(kv_heads, Const) and heads.value % kv_heads.value == 0):
+        if not (
+            isinstance(heads, Const) and isinstance(kv_heads, Const) and int(heads.value) % int(kv_heads.value) == 0
+        ):
             yield Rejection("head-groups", f"{heads} query heads over {kv_heads} key heads")
         assert isinstance(heads, Const)
         assert isinstance(kv_heads, Const)
@@ -91,11 +91,11 @@ def lift_flex(graph: GraphModule, node: Node) -> Attempt:
     mask = reader.refine(mask)
     if not (isinstance(block_rows, int) and isinstance(block_columns, int)):
         yield Rejection("block-mask", "blocks of run-time size")
-    if min(block_rows, block_columns) < _NO_BLOCKS:  # type: ignore[type-var]
-        given = any(isinstance(x, Node) and x.op in ("placeholder", "get_attr") for x in block_mask[2:-3])  # type: ignore[index]
+    if min(block_rows, block_columns) < _NO_BLOCKS:
+        given = any(isinstance(x, Node) and x.op in ("placeholder", "get_attr") for x in block_mask[2:-3])
         if mask == TRUE and given:
             yield Rejection("block-mask", "its blocks are chosen without a mask_mod: they alone say what is attended")
-        problem = blocks_agree(reader, block_mask, mask_body, mask_tensors, mask, (b, h, i, J), q)  # type: ignore[arg-type]
+        problem = blocks_agree(reader, block_mask, mask_body, mask_tensors, mask, (b, h, i, J), q)
         if problem is not None:
             yield problem
     yield assemble(

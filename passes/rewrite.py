@@ -160,7 +160,7 @@ def as_written_ms(site: Site, request: Request, variants: Sequence[Variant], har
     kv_heads = n["h"] // (spec.group or 1)
     if name_of(site.anchor) == "scaled_dot_product_attention":
         return _library_ms(site, request, variants, hardware)
-    if name_of(site.anchor) == "getitem" and is_flex(site.anchor.args[0]):
+    if name_of(site.anchor) == "getitem" and any(map(is_flex, site.anchor.all_input_nodes)):
         return _flex_ms(request, variants, hardware)
     shape = (n["b"], n["h"], kv_heads, n["i"], n["j"], n["d"], n["e"], itemsize, spec.training)
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(spec.dtype, "fp32")

@@ -96,7 +96,7 @@ def restore_segments(graph: GraphModule, kept: Mapping[int, Segment]) -> None:
                 if "custom" in node.meta:
                     env[n].meta["custom"] = node.meta["custom"]
         for user in list(node.users):
-            made = env[item.results[user.args[1]]]  # type: ignore[index]
+            made = env[item.results[user.args[1]]]
             made.meta["val"] = user.meta["val"]
             user.replace_all_uses_with(made)
             graph.graph.erase_node(user)
