@@ -18,6 +18,7 @@ from attncomp.expr import (
     ONE,
     ZERO,
     Axis,
+    Const,
     Expr,
     Load,
     Op,
@@ -98,16 +99,56 @@ def table_tensors(
     """The tables, each (B or 1, H or 1, Tq + Tk - 1) float32: the value at the distances 1 - Tq to Tk - 1."""
     size, symbols = extents(plan, q, k, v, sizes)
     named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
-    axes = {"b": (0, size["b"]), "h": (0, size["h"]), "j": (1 - size["i"], size["j"])}
-    grid = Grid(axes, named, q.device, symbols, dtype=torch.float32)
-    # One pair of each distance: (0, distance) or (-distance, 0).
-    pair: dict[Expr, Expr] = {I: maximum(sub(ZERO, J), ZERO), J: maximum(J, ZERO)}
+    axes = {"b": (0, size["b"]), "h": (0, size["h"]), "j": (0, size["i"] + size["j"] - 1)}
+    # Place t of a table is the distance t - (Tq - 1); one pair that has it: (0, distance) or (-distance, 0).
+    distance = sub(J, sub(plan.spec.size("i"), ONE))
+    pair: dict[Expr, Expr] = {I: maximum(sub(ZERO, distance), ZERO), J: maximum(distance, ZERO)}
     tables = []
     for e, info in zip(found.values, found.spec.captured[len(found.kept) :], strict=True):
-        table = evaluate_tensor(substitute(e, pair), grid).to(torch.float32)
+        grid = Grid(axes, dict(named), q.device, symbols, dtype=torch.float32)
+        value = _with_short_gathers(substitute(e, pair), plan.spec, grid)
+        table = evaluate_tensor(value.expr, replace(grid, tensors=value.tensors)).to(torch.float32)
         shape = [1 if s == ONE else t for s, t in zip(info.shape[:2], (size["b"], size["h"]), strict=True)]
         tables.append(table.expand(*shape, size["i"] + size["j"] - 1).contiguous())
     return tables
+
+
+_SHORT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    expr: Expr
+    tensors: dict[str, torch.Tensor]
+
+
+def _with_short_gathers(e: Expr, spec: AttentionSpec, grid: Grid) -> _Gathered:
+    """`e` with reads of short learned tensors at computed places done beforehand, by comparison with every place.
+
+    The gradient of an indexed read adds to few addresses from thousands of distances, one after the other; that of a
+    choice between the entries is a sum.
+    """
+    tensors = dict(grid.tensors)
+
+    def leaf(x: Expr) -> Expr | None:
+        if not isinstance(x, Load) or x.kind != "float" or not spec.tensor(x.tensor).requires_grad:
+            return None
+        varying = [n for n, a in enumerate(x.index) if "j" in axes_of(a)]
+        if len(varying) != 1 or axes_of(x.index[varying[0]]) != {"j"}:
+            return None
+        dim = varying[0]
+        entries = spec.tensor(x.tensor).shape[dim]
+        if not isinstance(entries, Const) or entries.value > _SHORT:
+            return None
+        place = evaluate_tensor(x.index[dim], grid).flatten()
+        moved = tensors[x.tensor].movedim(dim, 0)
+        chosen = place[:, None] == torch.arange(int(entries.value), device=place.device)
+        chosen = chosen.view(*chosen.shape, *[1] * (moved.dim() - 1))
+        name = f"{x.tensor}@{len(tensors)}"
+        tensors[name] = torch.where(chosen, moved, 0).sum(1).movedim(0, dim)
+        return Load(name, (*x.index[:dim], J, *x.index[dim + 1 :]), x.of)
+
+    return _Gathered(rebuild(e, leaf), tensors)
 
 
 def _worth_a_table(e: Expr, spec: AttentionSpec) -> bool:
