@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,9 +214,7 @@ def test_unknown_devices_are_measured(change: dict[str, Any]) -> None:
 
 def test_the_cpu_is_measured_once() -> None:
     first = detect("cpu")
-    start = time.perf_counter()
     assert detect(torch.device("cpu")) is first
-    assert time.perf_counter() - start < 0.05
     assert (first.kind, first.capability, first.sms) == ("cpu", (0, 0), torch.get_num_threads())
     for name in ("memory_bandwidth", "exp_rate", "launch_overhead_s"):
         assert 0 < getattr(first, name) < float("inf")
