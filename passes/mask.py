@@ -23,6 +23,7 @@ from attncomp.expr import (
     and_,
     axes_of,
     contains,
+    mul,
     not_,
     op,
     substitute,
@@ -53,21 +54,32 @@ class Masked:
     finite: bool
 
 
-def _fills(e: Expr, half: bool) -> bool:
-    return isinstance(e, Const) and e.kind == "float" and (e.value <= NEGLIGIBLE or (half and e.value == _HALF_MINIMUM))
+def _fills(e: Expr, half: bool, scale: float) -> bool:
+    if not (isinstance(e, Const) and e.kind == "float"):
+        return False
+    return e.value * scale <= NEGLIGIBLE or (half and e.value == _HALF_MINIMUM and scale >= 1)
 
 
-def split_mask(program: Expr, half: bool = False) -> Masked:
-    """Take the masks out of an additive program (softmax scores). half: scores are float16, whose minimum is -65504."""
+def split_mask(program: Expr, half: bool = False, scale: float = 1.0) -> Masked:
+    """Take the masks out of an additive program (softmax scores).
+
+    half: scores are float16, whose minimum is -65504. scale: by which the program is still multiplied.
+    """
+    if isinstance(program, Op) and program.name == "mul" and isinstance(program.args[1], Const):
+        x, factor = program.args
+        if _is_additive(x) and factor.value > 0 and math.isfinite(factor.value):
+            inner = split_mask(x, half, scale * float(factor.value))
+            if inner.mask != TRUE:
+                return Masked(mul(inner.program, factor), inner.mask, inner.finite)
     if isinstance(program, Op) and program.name == "where":
         c, x, y = program.args
         if not contains(c, Score):
             for kept, fill, mask in ((x, y, c), (y, x, not_(c))):
-                if _fills(fill, half) and isinstance(fill, Const):
-                    inner = split_mask(kept, half)
+                if _fills(fill, half, scale) and isinstance(fill, Const):
+                    inner = split_mask(kept, half, scale)
                     return Masked(inner.program, and_(inner.mask, mask), inner.finite or math.isfinite(fill.value))
     if isinstance(program, Op) and program.name == "add":
-        left, right = (split_mask(a, half) if _is_additive(a) else Masked(a, TRUE, False) for a in program.args)
+        left, right = (split_mask(a, half, scale) if _is_additive(a) else Masked(a, TRUE, False) for a in program.args)
         if left.mask != TRUE or right.mask != TRUE:
             return Masked(add(left.program, right.program), and_(left.mask, right.mask), left.finite or right.finite)
     return Masked(program, TRUE, False)
