@@ -25,6 +25,7 @@ from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.opaque import opaque, restore
 from attncomp.passes.vmapped import Segment
+from attncomp.passes.vmaps import functorch_depth, leave_functorch, without_vmap
 from attncomp.variant import Rejection
 
 _VIEW_NAMES = frozenset(
@@ -66,16 +67,18 @@ class Captured:
 
 def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Rejection:
     """Trace to functional pre-dispatch ATen, or say why that can't be done (the graph then goes on untouched)."""
-    inlined = inline(dynamo_graph)
+    inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined
     dynamo_graph = with_regions(inlined.graph)
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
+    depth = functorch_depth()
     try:
         exported, signature = aot_export_module(
             dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True, decompositions=FAST_PATHS
         )
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
+        leave_functorch(depth)
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
     assert isinstance(exported, GraphModule)
     graph = exported

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from attncomp import polynomial
-from attncomp.expr import Expr, Op, and_, axes_of, op, or_, substitute, where
+from attncomp.expr import Axis, Expr, Op, and_, axes_of, op, or_, substitute, where
 
 _ORDERED = ("lt", "le", "gt", "ge")
 _MOST_SPLITS = 6
@@ -15,7 +15,7 @@ _MOST_SPLITS = 6
 
 def distribute(name: str, x: Expr, y: Expr, extrema: bool = False, splits: int = _MOST_SPLITS) -> Expr:
     """The comparison of two integers with its `where`, absolute values, and `extrema` of two indices taken apart."""
-    if x.kind != "int" or y.kind != "int" or splits == 0:
+    if x.kind != "int" or y.kind != "int" or splits == 0 or (name == "eq" and _alike(x, y)):
         return op(name, x, y)
 
     def having(atom: Expr, value: Expr) -> Expr:
@@ -37,3 +37,11 @@ def distribute(name: str, x: Expr, y: Expr, extrema: bool = False, splits: int =
                 first, second = (having(atom, r) for r in atom.args)
                 return and_(first, second) if above == (atom.name == "maximum") else or_(first, second)
     return op(name, x, y)
+
+
+def _alike(x: Expr, y: Expr) -> bool:
+    """Whether two numbers are the same function of two indices: equal ones share a document, which says more whole."""
+    only_x, only_y = axes_of(x) - axes_of(y), axes_of(y) - axes_of(x)
+    if len(only_x) != 1 or len(only_y) != 1:
+        return False
+    return substitute(x, {Axis(*only_x): Axis(*only_y)}) == y

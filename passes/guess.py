@@ -143,6 +143,8 @@ def _case_of(part: Expr, grid: Grid, extents: Mapping[str, Expr]) -> tuple[Expr,
     for mask, when in ((TRUE, _everywhere(part, extents)), *_alternatives(part)):
         if all(bool(evaluate_tensor(e, grid).all()) for e in when):
             return mask, when
+    if not {"i", "j"} <= axes_of(part):  # a number of this call, such as how full a cache is
+        return None
     elements = 1
     for a in axes_of(part):
         start, stop = grid.axes[a]

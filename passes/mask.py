@@ -65,9 +65,9 @@ def split_mask(program: Expr, half: bool = False, scale: float = 1.0) -> Masked:
 
     half: scores are float16, whose minimum is -65504. scale: by which the program is still multiplied.
     """
-    if isinstance(program, Op) and program.name == "mul" and isinstance(program.args[1], Const):
+    if isinstance(program, Op) and program.name == "mul":
         x, factor = program.args
-        if _is_additive(x) and factor.value > 0 and math.isfinite(factor.value):
+        if _is_additive(x) and isinstance(factor, Const) and factor.value > 0 and math.isfinite(factor.value):
             inner = split_mask(x, half, scale * float(factor.value))
             if inner.mask != TRUE:
                 return Masked(mul(inner.program, factor), inner.mask, inner.finite)

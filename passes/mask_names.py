@@ -71,10 +71,13 @@ def united(alternatives: Sequence[Sequence[Name]]) -> Name:
 
 def span(names: Sequence[Name], parts: Sequence[Expr]) -> tuple[Name, ...]:
     """``id[i] == id[j] & id[i] >= 0``: a document, but for positions that belong to none."""
-    texts = sorted(n.text for n in names)
-    if len(names) == 2 and texts[0] == "document" and texts[1] in ("padding", "query_padding"):
-        first, second = ({x.tensor for x in loads_of(p)} for p in parts)
-        if first == second:
+    documents = (
+        [p for n, p in zip(names, parts, strict=True) if n.text == "document"] if len(names) == len(parts) else []
+    )
+    rest = [n for n in names if n.text != "document"]
+    if len(documents) == 1 and rest and all(n.text in ("padding", "query_padding") for n in rest):
+        read = {x.tensor for x in loads_of(documents[0])}
+        if all(x.tensor in read for p in parts for x in loads_of(p)):
             return (Name(4, "span"),)
     return tuple(names)
 
@@ -137,6 +140,8 @@ def _ordered(slack: Mapping[polynomial.Monomial, int], extents: Mapping[str, Exp
     data = bool(loads_of(c)) or bool(axes_of(c))
     key = _single(keys)
     if not queries and key is not None and key[0] == J:
+        if data and not axes_of(c):  # one position for all: a static cache
+            return Name(0, "causal(data)") if key[1] == -1 else Name(1, "window(data)")
         if key[1] == -1:
             return Name(6, "padding", up_to=True) if data else Name(3, f"prefix({add(c, ONE)})")
         if key[1] == 1:
