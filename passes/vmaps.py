@@ -1,8 +1,8 @@
 """Regions under ``torch.vmap`` written out: operators on whole tensors in place of operators on elements.
 
 Dynamo keeps vmap as calls that enter and leave it, which torch's functional tracer can't follow; transformers makes
-masks from functions of single positions that way. Such a region is traced by itself, which leaves plain operators; where
-that can't be, it goes through the tracer as one opaque node (`attncomp.passes.vmapped`), and its values are data.
+masks from functions of single positions that way. Such a region is traced by itself, which leaves plain operators;
+where that can't be, it goes through the tracer as one opaque node (`attncomp.passes.vmapped`), and its values are data.
 """
 
 from __future__ import annotations
