@@ -1,0 +1,173 @@
+"""How much of transformers' attention is found, proven and rewritten: every model type, in every mode.
+
+``PYTHONPATH=. python benchmarks/coverage.py --results sweep.jsonl`` appends one row for each model type and mode, and
+goes on where it stopped; ``--report docs/coverage.md`` renders what the file holds. Every model type gets a process of
+its own, so that a crash or a model that takes too long costs its rows only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.coverage_graphs import Seen, observer
+from benchmarks.coverage_models import model_types
+from benchmarks.coverage_modes import Mode, chosen_modes, run_modes
+
+TIMEOUT = 240
+MEMORY = 10 * 2**30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="rows are appended to this file")
+    parser.add_argument("--only", default=".", help="a regular expression that a model type must match")
+    parser.add_argument("--modes", default="eager/|sdpa/", help="a regular expression: attention/shapes/phase")
+    parser.add_argument("--shard", default="1/1", help="i/n: every n-th model type, from the i-th")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds for all modes of a model type")
+    parser.add_argument("--report", type=Path, help="render the results to this file, and run nothing")
+    chosen = parser.parse_args(arguments)
+    if chosen.report is not None:
+        from benchmarks.coverage_report import render
+
+        chosen.report.write_text(render(read(chosen.results)))
+        return 0
+    shard, shards = (int(x) for x in chosen.shard.split("/"))
+    names = [n for n in model_types() if re.search(chosen.only, n)][shard - 1 :: shards]
+    sweep(names, chosen_modes(chosen.modes), chosen.results, chosen.workers, chosen.timeout)
+    return 0
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The last row of each model type and mode."""
+    rows = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            rows[row["model"], row["mode"]] = row
+    return list(rows.values())
+
+
+def sweep(names: Sequence[str], modes: list[Mode], results: Path, workers: int, timeout: int) -> None:
+    """Run what `results` lacks, `workers` model types at a time."""
+    done = {(r["model"], r["mode"]) for r in read(results)}
+    todo = [(n, [m for m in modes if (n, str(m)) not in done]) for n in names]
+    todo = [(n, m) for n, m in todo if m]
+    random.Random(0).shuffle(todo)  # a sweep that is cut short has seen all kinds of models
+    prepare()
+    commit = revision()
+    running: dict[int, tuple[str, list[Mode], float, Path]] = {}
+    while todo or running:
+        while todo and len(running) < workers:
+            name, wanted = todo.pop(0)
+            part = results.with_name(f".{results.name}.{os.getpid()}.{len(todo)}")
+            part.write_text("")
+            pid = os.fork()
+            if pid == 0:
+                child(name, wanted, part, commit)
+            running[pid] = (name, wanted, time.monotonic(), part)
+        time.sleep(0.05)
+        for pid, (name, wanted, start, part) in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            slow = time.monotonic() - start > timeout
+            if not ended and slow:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            if ended or slow:
+                del running[pid]
+                why = f"no answer after {timeout} s" if not ended else f"the process ended with status {status}"
+                finish(name, wanted, part, results, why)
+
+
+def finish(name: str, wanted: list[Mode], part: Path, results: Path, why: str) -> None:
+    """Add a process's rows to the results, and a row for the first mode that is missing."""
+    lines = [x for x in part.read_text().splitlines() if x.endswith("}")]
+    part.unlink()
+    have = {json.loads(x)["mode"] for x in lines}
+    for n, mode in enumerate(m for m in wanted if str(m) not in have):
+        said = why if n == 0 else "an earlier mode did not end"
+        lines.append(json.dumps({"model": name, "mode": str(mode), "status": "crashed" if n == 0 else "not run", "why": said}))
+    with results.open("a") as file:
+        file.write("".join(x + "\n" for x in lines))
+    states = [json.loads(x) for x in lines]
+    said = ", ".join(f"{r['mode']}: {r['status']} {counts(r)}".strip() for r in states)
+    print(f"{name}: {said}", flush=True)
+
+
+def revision() -> str:
+    """The commit that is measured; empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
+def counts(row: dict[str, Any]) -> str:
+    sites = [s for s in row.get("sites", ()) if not s["kind"].startswith("more")]
+    return f"{sum(s['verdict'] == 'rewritten' for s in sites)}/{len(sites)}" if row["status"] == "ran" else ""
+
+
+def prepare() -> None:
+    """Import in the parent what every child needs: a forked process has it at once."""
+    torch.set_num_threads(1)
+    import torch._inductor.compile_fx as _compile_fx
+    import transformers
+    from torch._inductor.fx_passes import joint_graph
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+    import transformers.models.vit.modeling_vit  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    joint_graph.lazy_init(torch.device("cpu"))
+    warm_up()
+
+
+def warm_up() -> None:
+    """Compile something small, so that what torch and attncomp import and cache on first use is there for all."""
+    layer = torch.nn.MultiheadAttention(8, 2)
+    x = torch.randn(2, 4, 8)
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = layer.in_proj_weight.matmul(x.mT).mT.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    compiled = torch.compile(attention, backend=observer(Seen()), dynamic=False)
+    with torch.no_grad():
+        compiled(x)
+    compiled(x).sum().backward()
+    torch._dynamo.reset()
+
+
+def child(name: str, modes: list[Mode], part: Path, commit: str) -> None:
+    """In the forked process: write a row after each mode, then end without any clean-up."""
+    code = 1
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        with part.open("a") as file:
+            for row in run_modes(name, modes):
+                file.write(json.dumps(row | {"commit": commit}) + "\n")
+                file.flush()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""What stands in the graphs of a model: attention sites counted apart from the lifter, and inductor's matches."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import attncomp.passes.rewrite as rewrite
+from attncomp.backend import run_passes
+from attncomp.passes.site import Missed, Site, location_of
+from attncomp.report import SiteReport
+
+POLICY = {"version": 1, "defaults": {"min_speedup": 0}}
+
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
+FUSED = frozenset({"scaled_dot_product_attention", "flex_attention"})
+CONTRACTIONS = frozenset({"matmul", "bmm", "einsum", "baddbmm", "tensordot", "mm", "__matmul__"})
+_THROUGH = frozenset(
+    """
+    add add_ sub sub_ rsub mul mul_ div div_ true_divide truediv neg where masked_fill masked_fill_ to type_as float half
+    bfloat16 _to_copy contiguous clone alias detach view reshape _unsafe_view unsafe_view flatten unflatten transpose t mT
+    permute unsqueeze squeeze expand expand_as view_as reshape_as cat concat stack getitem slice select narrow split chunk
+    unbind split_with_sizes index index_select gather pad constant_pad_nd roll tanh sigmoid clamp clamp_ clamp_min
+    clamp_max minimum maximum nan_to_num nan_to_num_ relu exp pow dropout dropout_ feature_dropout tril triu copy copy_
+    repeat repeat_interleave unfold as_strided swapaxes swapdims movedim flip iadd imul isub slice_scatter select_scatter
+    scatter diagonal softplus logical_not mean amax amin max iand tile lift_fresh_copy convolution conv2d
+    """.split()
+)
+
+
+def operation(node: Node) -> str:
+    """The name of what a node calls, the same for functions, methods and ATen operators."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One attention site: an SDPA or flex call, or a softmax between two contractions."""
+
+    kind: str
+    name: str
+    location: str
+
+
+def anchors(graph: GraphModule) -> list[Anchor]:
+    """The attention sites of a Dynamo or ATen graph, those in its subgraphs too."""
+    found: list[Anchor] = []
+    for module in graph.modules():
+        if isinstance(module, GraphModule):
+            found.extend(_anchors(module))
+    return found
+
+
+def _anchors(graph: GraphModule) -> Iterator[Anchor]:
+    for node in graph.graph.nodes:
+        name = operation(node)
+        if name in FUSED:
+            yield Anchor("sdpa" if name.startswith("scaled") else "flex", node.name, location_of(node))
+        elif name in SOFTMAX and _behind(node) and _ahead(node):
+            yield Anchor("softmax", node.name, location_of(node))
+
+
+_REACH = 400
+"""Nodes looked at on each side of a softmax."""
+
+
+def _behind(softmax: Node) -> bool:
+    """Whether a product of two computed tensors is softmax's source, with only pointwise steps and views between."""
+    queue, seen = list(softmax.all_input_nodes[:1]), {softmax}
+    while queue and len(seen) < _REACH:
+        node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if _computed_product(node):
+            return True
+        if operation(node) in _THROUGH:
+            queue.extend(node.all_input_nodes)
+    return False
+
+
+def _ahead(softmax: Node) -> bool:
+    """Whether the weights reach a product with a computed tensor through pointwise steps and views."""
+    queue, seen = list(softmax.users), {softmax}
+    while queue and len(seen) < _REACH:
+        node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if _computed_product(node):
+            return True
+        if operation(node) in _THROUGH and operation(node) not in ("conv2d", "convolution"):
+            queue.extend(node.users)
+    return False
+
+
+def _computed_product(node: Node) -> bool:
+    """A contraction, none of whose factors is a parameter as it is."""
+    if operation(node) not in CONTRACTIONS:
+        return False
+    return not any(_parameter(x) for x in node.all_input_nodes[-2:])
+
+
+def _parameter(node: Node) -> bool:
+    while operation(node) in _THROUGH and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr" or (
+        node.op == "placeholder" and (bool(node.meta.get("attncomp_state")) or "_parameters_" in str(node.target))
+    )
+
+
+@dataclass
+class Seen:
+    """What one compilation of a model showed, over all of its graphs."""
+
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    graphs: int = 0
+    fallbacks: list[str] = field(default_factory=list)
+    inductor: int = 0
+    inductor_failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def observed_lift(into: list[tuple[list[Anchor], list[Site | Missed]]]) -> Iterator[None]:
+    """Note the anchors of every captured graph, and what the lifter made of them, before anything is rewritten."""
+    original = rewrite.lift
+
+    def lift(graph: GraphModule) -> list[Site | Missed]:
+        before = anchors(graph)
+        found = original(graph)
+        into.append((before, list(found)))
+        return found
+
+    rewrite.lift = lift
+    try:
+        yield
+    finally:
+        rewrite.lift = original
+
+
+def observer(seen: Seen, *, count_inductor: bool = True) -> Callable[..., Any]:
+    """A backend that does what attncomp does with the eager executor, and notes all of it."""
+
+    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        dynamo = anchors(graph)
+        if count_inductor and any(operation(n) in SOFTMAX | FUSED | {"exp"} for n in _all_nodes(graph)):
+            matched = inductor_matches(graph, inputs)
+            if isinstance(matched, int):
+                seen.inductor += matched
+            else:
+                seen.inductor_failures.append(matched)
+        seen.graphs += 1
+        lifted: list[tuple[list[Anchor], list[Site | Missed]]] = []
+        with observed_lift(lifted):
+            result = run_passes(graph, inputs, POLICY)
+        report = result.report
+        seen.seconds += report.seconds
+        if report.fallback:
+            seen.fallbacks.append(report.fallback)
+        if result.captured is None:
+            seen.sites.extend(
+                {"kind": a.kind, "verdict": "kept", "mask": "unknown", "reason": report.fallback, "location": a.location}
+                for a in dynamo
+            )
+            return graph.forward
+        before, found = lifted[0] if lifted else ([], [])
+        seen.sites.extend(_matched(before, found, report.sites))
+        if any(s.verdict == "rewritten" for s in report.sites):
+            call, constants = result.captured.graph.forward, result.captured.lifted
+            return (lambda *args: call(*constants, *args)) if constants else call
+        return graph.forward
+
+    return compile_graph
+
+
+def _all_nodes(graph: GraphModule) -> Iterator[Node]:
+    for module in graph.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
+def _matched(
+    before: Sequence[Anchor], found: Sequence[Site | Missed], reports: Sequence[SiteReport]
+) -> list[dict[str, Any]]:
+    """One row for each anchor, and one for each further site that the lifter saw (linear attention, ...)."""
+    by_name = {item.anchor.name: report for item, report in zip(found, reports, strict=True)}
+    rows = []
+    for anchor in before:
+        report = by_name.pop(anchor.name, None)
+        if report is None:
+            rows.append(
+                {
+                    "kind": anchor.kind,
+                    "verdict": "kept",
+                    "mask": "unknown",
+                    "reason": "not-seen: the lifter does not take this softmax for attention",
+                    "location": anchor.location,
+                }
+            )
+        else:
+            rows.append(_row(report, anchor.kind))
+    rows.extend(_row(report, "more " + report.kind) for report in by_name.values())
+    return rows
+
+
+def _row(report: SiteReport, kind: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "verdict": report.verdict,
+        "mask": report.mask,
+        "variant": report.variant,
+        "reason": "" if report.verdict == "rewritten" else report.reason,
+        "location": report.location,
+    }
+
+
+class _MatchedError(Exception):
+    """Raised to leave AOTAutograd once the joint graph has been through the matcher."""
+
+
+def inductor_matches(graph: GraphModule, inputs: Sequence[Any]) -> int | str:
+    """How often inductor's attention patterns match a Dynamo graph; a string says why that can't be told.
+
+    AOTAutograd traces the graph with inductor's decompositions as it does for inductor, inductor's passes over the
+    joint graph run, and nothing is compiled.
+    """
+    from torch._dynamo.utils import counters
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    before = counters["inductor"]["fuse_attention"]
+
+    def stop(module: GraphModule, *_: Any, **__: Any) -> Any:
+        joint_graph_passes(module)
+        raise _MatchedError
+
+    try:
+        aot_module_simplified(
+            graph,
+            list(inputs),
+            fw_compiler=stop,
+            bw_compiler=stop,
+            inference_compiler=stop,
+            partition_fn=stop,
+            decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )
+    except _MatchedError:
+        return int(counters["inductor"]["fuse_attention"] - before)
+    except TensorifyScalarRestartAnalysis:  # Dynamo starts again with that number fixed, as it does under inductor
+        raise
+    except Exception as error:  # the model does not go through inductor's tracer
+        return f"{type(error).__name__}: {re.sub(r'0x[0-9a-f]+', '', str(error).splitlines()[0] if str(error) else '')[:160]}"
+    return 0

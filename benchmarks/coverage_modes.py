@@ -1,0 +1,147 @@
+"""All modes of one model: compiled and compared with eager mode, one row of results a mode."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.coverage_graphs import Seen, observer
+from benchmarks.coverage_models import Built, NotBuiltError, Unsupported, build, floats, other_size, tensors
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model is run."""
+
+    attention: str
+    dynamic: bool
+    training: bool
+
+    def __str__(self) -> str:
+        shapes, phase = "dynamic" if self.dynamic else "static", "training" if self.training else "inference"
+        return f"{self.attention}/{shapes}/{phase}"
+
+
+MODES = tuple(
+    Mode(attention, dynamic, training)
+    for attention in ("eager", "sdpa", "flex_attention")
+    for training in (False, True)
+    for dynamic in (False, True)
+)
+
+
+def run_modes(model_type: str, modes: list[Mode]) -> Iterator[dict[str, Any]]:
+    """One row for each mode, as soon as it is there."""
+    attention, built, problem = "", None, {}
+    for mode in modes:
+        start = time.perf_counter()
+        row: dict[str, Any] = {"model": model_type, "mode": str(mode)}
+        if mode.attention != attention:
+            attention, built, problem = mode.attention, None, {}
+            try:
+                built = build(model_type, attention)
+            except NotBuiltError as error:
+                problem = {"status": "not built", "why": str(error)[:2000]}
+            except Unsupported as error:
+                problem = {"status": "unsupported", "why": str(error)[:300]}
+        if built is None:
+            yield row | problem
+            continue
+        row |= {"class": built.name, "level": built.level, "inputs": sorted(built.inputs)}
+        try:
+            row |= run_mode(built, mode)
+        except Exception as error:
+            row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error)[:1500]}"}
+            row["trace"] = "".join(traceback.format_tb(error.__traceback__)[-4:])[-2500:]
+        yield row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
+    """Compile and run one mode; errors are relative to eager's outputs and gradients."""
+    model = built.model.train(mode.training)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = _run(model, built.inputs, mode.training)
+    model.load_state_dict(state)
+    again = _run(model, built.inputs, mode.training)
+    noise = max(error(a, b) for a, b in zip(expected, again, strict=True))
+    model.load_state_dict(state)
+    if mode.training and not expected[1]:
+        return {"status": "no gradients"}
+    seen = Seen()
+    torch._dynamo.reset()
+    watching = observer(seen, count_inductor=mode.attention == "eager")
+    compiled = torch.compile(model, backend=watching, dynamic=mode.dynamic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = _run(compiled, built.inputs, mode.training, owner=model)
+    row: dict[str, Any] = {
+        "status": "ran",
+        "sites": list(seen.sites),
+        "graphs": seen.graphs,
+        "fallbacks": seen.fallbacks,
+        "inductor": seen.inductor,
+        "inductor_failures": seen.inductor_failures,
+        "analysis_s": round(seen.seconds, 2),
+        "error": error(expected[0], result[0]),
+        "noise": noise,
+    }
+    if mode.training:
+        row["gradient_error"] = error(expected[1], result[1])
+    others = other_size(built) if mode.dynamic else None
+    if others is not None:
+        model.load_state_dict(state)
+        graphs = seen.graphs
+        other = _run(model, others, mode.training)
+        model.load_state_dict(state)
+        result = _run(compiled, others, mode.training, owner=model)
+        row["other_error"] = max(error(a, b) for a, b in zip(other, result, strict=True))
+        row["recompiled"] = seen.graphs - graphs
+    model.load_state_dict(state)
+    return row
+
+
+def _run(
+    call: Any, inputs: dict[str, Any], training: bool, owner: torch.nn.Module | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs, and in training the gradients of all parameters that have one, for fixed directions of the outputs."""
+    torch.manual_seed(0)
+    model = owner if owner is not None else call
+    if not training:
+        with torch.no_grad():
+            return [x.clone() for x in floats(call(**inputs))], []
+    outputs = call(**inputs)
+    chosen = [x for x in tensors(outputs) if x.dtype.is_floating_point]
+    flowing = [x for x in chosen if x.requires_grad]
+    if not flowing:
+        return [x.detach().clone() for x in chosen], []
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in flowing]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(flowing, wanted, directions, allow_unused=True)
+    return [x.detach().clone() for x in chosen], [g if g is not None else torch.zeros(()) for g in gradients]
+
+
+def error(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
+    """The relative difference over all tensors together; infinite where shapes, NaNs or infinities differ."""
+    if [x.shape for x in reference] != [x.shape for x in result]:
+        return float("inf")
+    off = total = 0.0
+    for a, b in zip(reference, result, strict=True):
+        a, b = a.double(), b.double()
+        odd = ~(a.isfinite() & b.isfinite())
+        if not torch.equal(a[odd].nan_to_num(nan=0.5), b[odd].nan_to_num(nan=0.5)):
+            return float("inf")
+        off += float((a[~odd] - b[~odd]).square().sum())
+        total += float(a[~odd].square().sum())
+    return (off / total) ** 0.5 if total else off**0.5
+
+
+def chosen_modes(pattern: str) -> list[Mode]:
+    return [m for m in MODES if re.search(pattern, str(m))]
