@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="rows are appended to this file")
     parser.add_argument("--only", default=".", help="a regular expression that a model type must match")
-    parser.add_argument("--modes", default="eager/|sdpa/", help="a regular expression: attention/shapes/phase")
+    parser.add_argument("--modes", default="^(eager|sdpa|diffusers)/", help="a regular expression: attention/shapes/phase")
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th model type, from the i-th")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds for all modes of a model type")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     shard, shards = (int(x) for x in chosen.shard.split("/"))
     names = [n for n in model_types() if re.search(chosen.only, n)][shard - 1 :: shards]
-    sweep(names, chosen_modes(chosen.modes), chosen.results, chosen.workers, chosen.timeout)
+    sweep({n: chosen_modes(chosen.modes, n) for n in names}, chosen.results, chosen.workers, chosen.timeout)
     return 0
 
 
@@ -62,10 +62,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def sweep(names: Sequence[str], modes: list[Mode], results: Path, workers: int, timeout: int) -> None:
+def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, timeout: int) -> None:
     """Run what `results` lacks, `workers` model types at a time."""
     done = {(r["model"], r["mode"]) for r in read(results)}
-    todo = [(n, [m for m in modes if (n, str(m)) not in done]) for n in names]
+    todo = [(n, [m for m in wanted if (n, str(m)) not in done]) for n, wanted in modes.items()]
     todo = [(n, m) for n, m in todo if m]
     random.Random(0).shuffle(todo)  # a sweep that is cut short has seen all kinds of models
     prepare()

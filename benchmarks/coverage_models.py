@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage_configs import LEVELS, shrink
+from benchmarks.coverage_diffusers import MODELS, build_diffuser
 from benchmarks.coverage_inputs import BATCH, LENGTH, OTHER_BATCH, OTHER_LENGTH, candidates
+
+DIFFUSERS = "diffusers"
+"""The library, and the attention of its models: SDPA, whatever is asked."""
 
 LARGEST = 120_000_000
 """Parameters; a model that stays larger when cut is not built."""
@@ -18,12 +24,16 @@ LARGEST = 120_000_000
 
 @dataclass
 class Built:
-    """A model that runs under eager mode: its class, its inputs, and how far its configuration was cut."""
+    """A model that runs under eager mode: its class, its inputs, and how far its configuration was cut.
+
+    others: makes inputs of another size; None if the model has one size.
+    """
 
     model: torch.nn.Module
     name: str
     inputs: dict[str, Any]
     level: str
+    others: Callable[[], dict[str, Any] | None]
 
 
 class NotBuiltError(Exception):
@@ -31,9 +41,11 @@ class NotBuiltError(Exception):
 
 
 def model_types() -> list[str]:
+    """Every model type of transformers, and ``diffusers.CLASS`` where that library is installed."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return sorted(CONFIG_MAPPING_NAMES)
+    more = [f"{DIFFUSERS}.{name}" for name in MODELS] if importlib.util.find_spec(DIFFUSERS) else []
+    return [*sorted(CONFIG_MAPPING_NAMES), *more]
 
 
 def model_classes(config_class: type) -> list[type]:
@@ -56,6 +68,10 @@ def model_classes(config_class: type) -> list[type]:
 
 def build(model_type: str, attention: str) -> Built:
     """The first class and cut of a model type that runs."""
+    if attention == DIFFUSERS:
+        name = model_type.partition(".")[2]
+        diffuser, inputs, others = build_diffuser(name)
+        return Built(diffuser, name, inputs, "small", lambda: others)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
@@ -101,18 +117,19 @@ def _try(one: Any, config_class: Any, level: str, attention: str) -> Built:
             raise Unsupported(_line(error)) from error
         raise
     model = model.float().eval()
-    return Built(model, one.__name__, first_that_runs(model, BATCH, LENGTH), level)
+    inputs = first_that_runs(model, BATCH, LENGTH)
+    return Built(model, one.__name__, inputs, level, lambda: other_size(model, inputs))
 
 
-def other_size(built: Built) -> dict[str, Any] | None:
+def other_size(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Inputs of another length, or of another batch size where nothing has a length; None if the model has one size."""
-    shapes = [x.shape for x in pytree.tree_leaves(built.inputs) if isinstance(x, torch.Tensor)]
+    shapes = [x.shape for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     for batch, length in ((OTHER_BATCH, OTHER_LENGTH), (BATCH + 1, LENGTH)):
         try:
-            others = first_that_runs(built.model, batch, length)
+            others = first_that_runs(model, batch, length)
         except NotBuiltError:
             continue
-        if sorted(others) == sorted(built.inputs):
+        if sorted(others) == sorted(inputs):
             if shapes != [x.shape for x in pytree.tree_leaves(others) if isinstance(x, torch.Tensor)]:
                 return others
     return None

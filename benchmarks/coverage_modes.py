@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.coverage_graphs import Seen, observer
-from benchmarks.coverage_models import Built, NotBuiltError, Unsupported, build, floats, other_size, tensors
+from benchmarks.coverage_models import DIFFUSERS, Built, NotBuiltError, Unsupported, build, floats, tensors
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Mode:
 
 MODES = tuple(
     Mode(attention, dynamic, training)
-    for attention in ("eager", "sdpa", "flex_attention")
+    for attention in ("eager", "sdpa", "flex_attention", DIFFUSERS)
     for training in (False, True)
     for dynamic in (False, True)
 )
@@ -94,7 +94,7 @@ def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
     }
     if mode.training:
         row["gradient_error"] = error(expected[1], result[1])
-    others = other_size(built) if mode.dynamic else None
+    others = built.others() if mode.dynamic else None
     if others is not None:
         model.load_state_dict(state)
         graphs = seen.graphs
@@ -143,5 +143,7 @@ def error(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
     return (off / total) ** 0.5 if total else off**0.5
 
 
-def chosen_modes(pattern: str) -> list[Mode]:
-    return [m for m in MODES if re.search(pattern, str(m))]
+def chosen_modes(pattern: str, model_type: str) -> list[Mode]:
+    """The modes of a model type among those that match."""
+    own = model_type.startswith(DIFFUSERS + ".")
+    return [m for m in MODES if re.search(pattern, str(m)) and (m.attention == DIFFUSERS) == own]
