@@ -196,12 +196,17 @@ def _all_nodes(graph: GraphModule) -> Iterator[Node]:
 def _matched(
     before: Sequence[Anchor], found: Sequence[Site | Missed], reports: Sequence[SiteReport]
 ) -> list[dict[str, Any]]:
-    """One row for each anchor, and one for each further site that the lifter saw (linear attention, ...)."""
-    by_name = {item.anchor.name: report for item, report in zip(found, reports, strict=True)}
+    """One row for each anchor, and one for each further site that the lifter saw (linear attention, ...).
+
+    An anchor whose weights meet values in several products counts as rewritten only if all of these are.
+    """
+    by_name: dict[str, list[SiteReport]] = {}
+    for item, report in zip(found, reports, strict=True):
+        by_name.setdefault(item.anchor.name, []).append(report)
     rows = []
     for anchor in before:
-        report = by_name.pop(anchor.name, None)
-        if report is None:
+        own = by_name.pop(anchor.name, [])
+        if not own:
             rows.append(
                 {
                     "kind": anchor.kind,
@@ -212,8 +217,8 @@ def _matched(
                 }
             )
         else:
-            rows.append(_row(report, anchor.kind))
-    rows.extend(_row(report, "more " + report.kind) for report in by_name.values())
+            rows.append(_row(next((r for r in own if r.verdict == "kept"), own[0]), anchor.kind))
+    rows.extend(_row(r, "more " + r.kind) for own in by_name.values() for r in own)
     return rows
 
 
