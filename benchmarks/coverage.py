@@ -28,6 +28,9 @@ from benchmarks.coverage_models import model_types
 from benchmarks.coverage_modes import Mode, chosen_modes, run_modes
 
 TIMEOUT = 240
+"""Seconds of processor time for all modes of a model type."""
+WAIT = 6
+"""Times as many seconds pass before a process is ended that does not use the processor, or shares it."""
 MEMORY = 10 * 2**30
 
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", default="^(eager|sdpa|diffusers)/", help="a regular expression: attention/shapes/phase")
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th model type, from the i-th")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds for all modes of a model type")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds of processor time for a model type")
     parser.add_argument("--report", type=Path, help="render the results to this file, and run nothing")
     chosen = parser.parse_args(arguments)
     if chosen.report is not None:
@@ -78,18 +81,19 @@ def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, time
             part.write_text("")
             pid = os.fork()
             if pid == 0:
-                child(name, wanted, part, commit)
+                child(name, wanted, part, commit, timeout)
             running[pid] = (name, wanted, time.monotonic(), part)
         time.sleep(0.05)
         for pid, (name, wanted, start, part) in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            slow = time.monotonic() - start > timeout
+            slow = time.monotonic() - start > WAIT * timeout
             if not ended and slow:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             if ended or slow:
                 del running[pid]
-                why = f"no answer after {timeout} s" if not ended else f"the process ended with status {status}"
+                spent = slow or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+                why = f"no answer after {timeout} s" if spent else f"the process ended with status {status}"
                 finish(name, wanted, part, results, why)
 
 
@@ -152,11 +156,12 @@ def warm_up() -> None:
     torch._dynamo.reset()
 
 
-def child(name: str, modes: list[Mode], part: Path, commit: str) -> None:
+def child(name: str, modes: list[Mode], part: Path, commit: str, timeout: int) -> None:
     """In the forked process: write a row after each mode, then end without any clean-up."""
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)

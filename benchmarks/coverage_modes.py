@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,44 +66,65 @@ def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
     """Compile and run one mode; errors are relative to eager's outputs and gradients."""
     model = built.model.train(mode.training)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = _run(model, built.inputs, mode.training)
-    model.load_state_dict(state)
-    again = _run(model, built.inputs, mode.training)
-    noise = max(error(a, b) for a, b in zip(expected, again, strict=True))
+    try:
+        expected = _run(model, built.inputs, mode.training)
+        model.load_state_dict(state)
+        again = _run(model, built.inputs, mode.training)
+    except Exception as problem:
+        return {"status": "not run by eager", "why": f"{type(problem).__name__}: {str(problem)[:300]}"}
     model.load_state_dict(state)
     if mode.training and not expected[1]:
         return {"status": "no gradients"}
+    others = built.others() if mode.dynamic else None
+    other = _run(model, others, mode.training) if others is not None else None
+    model.load_state_dict(state)
     seen = Seen()
     torch._dynamo.reset()
     watching = observer(seen, count_inductor=mode.attention == "eager")
     compiled = torch.compile(model, backend=watching, dynamic=mode.dynamic)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"status": "ran"}
+    try:
         result = _run(compiled, built.inputs, mode.training, owner=model)
-    row: dict[str, Any] = {
-        "status": "ran",
-        "sites": list(seen.sites),
-        "graphs": seen.graphs,
-        "fallbacks": seen.fallbacks,
-        "inductor": seen.inductor,
-        "inductor_failures": seen.inductor_failures,
-        "analysis_s": round(seen.seconds, 2),
-        "error": error(expected[0], result[0]),
-        "noise": noise,
-    }
-    if mode.training:
-        row["gradient_error"] = error(expected[1], result[1])
-    others = built.others() if mode.dynamic else None
-    if others is not None:
+        row |= {
+            "sites": list(seen.sites),
+            "graphs": seen.graphs,
+            "fallbacks": list(seen.fallbacks),
+            "inductor": seen.inductor,
+            "inductor_failures": list(seen.inductor_failures),
+            "analysis_s": round(seen.seconds, 2),
+            "error": difference(expected[0], result[0]),
+            "noise": max(difference(a, b) for a, b in zip(expected, again, strict=True)),
+        }
+        if mode.training:
+            row["gradient_error"] = difference(expected[1], result[1])
+        if others is not None and other is not None:
+            model.load_state_dict(state)
+            result = _run(compiled, others, mode.training, owner=model)
+            row["other_error"] = max(difference(a, b) for a, b in zip(other, result, strict=True))
+            row["recompiled"] = seen.graphs - row["graphs"]
+    except Exception as problem:
         model.load_state_dict(state)
-        graphs = seen.graphs
-        other = _run(model, others, mode.training)
+        alone = without_attncomp(model, built.inputs, mode, expected)
+        if isinstance(alone, float):
+            raise
+        row = {"status": "not compiled", "why": alone, "with attncomp": f"{type(problem).__name__}: {problem}"[:300]}
+    if row["status"] == "ran" and not max(row["error"], row.get("gradient_error", 0.0)) <= 1e-5:
         model.load_state_dict(state)
-        result = _run(compiled, others, mode.training, owner=model)
-        row["other_error"] = max(error(a, b) for a, b in zip(other, result, strict=True))
-        row["recompiled"] = seen.graphs - graphs
+        row["without"] = without_attncomp(model, built.inputs, mode, expected)
     model.load_state_dict(state)
     return row
+
+
+def without_attncomp(
+    model: torch.nn.Module, inputs: dict[str, Any], mode: Mode, expected: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> float | str:
+    """The difference that Dynamo makes by itself, or why it can't trace the model."""
+    torch._dynamo.reset()
+    try:
+        result = _run(torch.compile(model, backend="eager", dynamic=mode.dynamic), inputs, mode.training, owner=model)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {str(problem)[:300]}"
+    return max(difference(a, b) for a, b in zip(expected, result, strict=True))
 
 
 def _run(
@@ -128,7 +148,7 @@ def _run(
     return [x.detach().clone() for x in chosen], [g if g is not None else torch.zeros(()) for g in gradients]
 
 
-def error(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
+def difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
     """The relative difference over all tensors together; infinite where shapes, NaNs or infinities differ."""
     if [x.shape for x in reference] != [x.shape for x in result]:
         return float("inf")
