@@ -74,6 +74,8 @@ def build(model_type: str, attention: str) -> Built:
         return Built(diffuser, name, inputs, "small", lambda: others)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if attention == "flex_attention":
+        _flex_as_it_is()
     config_class = CONFIG_MAPPING[model_type]
     failures: list[str] = []
     classes = model_classes(config_class)
@@ -90,6 +92,17 @@ def build(model_type: str, attention: str) -> Built:
                 continue
             return built
     raise NotBuiltError("; ".join(dict.fromkeys(failures)))
+
+
+def _flex_as_it_is() -> None:
+    """Let eager mode run flex_attention itself, where transformers has inductor compile a kernel for it."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    WrappedFlexAttention._is_flex_compiled = True
+    WrappedFlexAttention.training = False
+    WrappedFlexAttention.__init__ = lambda *_: None
+    WrappedFlexAttention.__call__ = lambda _: flex_attention
 
 
 class Unsupported(Exception):  # noqa: N818  what the library says, not a fault

@@ -54,6 +54,9 @@ def render(rows: Sequence[Row]) -> str:
         _rejections(ran),
         "\n## Disagreements and failures\n",
         _troubles(rows),
+        "\n## Not compiled without attncomp either\n",
+        "Model types that Dynamo itself can't trace, or that eager mode does not run in this mode.\n",
+        _not_compiled(rows),
         "\n## Model types\n",
         LEGEND,
         _models(rows, modes),
@@ -185,10 +188,23 @@ def _troubles(rows: Sequence[Row]) -> str:
             noise = f"; eager mode twice differs by {r['noise']:.1e}" if r["noise"] else ""
             second = f", at the second size {r['other_error']:.1e}" if r.get("other_error") is not None else ""
             gradients = f", gradients {r['gradient_error']:.1e}" if "gradient_error" in r else ""
-            lines.append(f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{second}{gradients}{noise}")
+            alone = r.get("without")
+            dynamo = f"; without attncomp {alone:.1e}" if isinstance(alone, float) and alone > FORWARD else ""
+            lines.append(
+                f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{second}{gradients}{noise}{dynamo}"
+            )
         elif r["status"] in ("failed", "crashed"):
             why = " ".join(r["why"].split())[:200]
             lines.append(f"- {r['model']}, {r['mode']}: {r['status']}: {why}")
+    return "\n".join(lines) if lines else "None."
+
+
+def _not_compiled(rows: Sequence[Row]) -> str:
+    lines = [
+        f"- {r['model']}, {r['mode']}: {' '.join(r['why'].split())[:160]}"
+        for r in sorted(rows, key=lambda r: (r["model"], _order(r["mode"])))
+        if r["status"] in ("not compiled", "not run by eager")
+    ]
     return "\n".join(lines) if lines else "None."
 
 
@@ -213,7 +229,7 @@ def _short(mode: str) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    if row is None or row["status"] in ("unsupported", "not built", "not run", "no gradients"):
+    if row is None or row["status"] not in ("ran", "failed", "crashed"):
         return "-"
     if row["status"] != "ran":
         return "!"
