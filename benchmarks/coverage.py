@@ -8,7 +8,9 @@ its own, so that a crash or a model that takes too long costs its rows only.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import logging
 import os
 import random
 import re
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="rows are appended to this file")
     parser.add_argument("--only", default=".", help="a regular expression that a model type must match")
-    parser.add_argument("--modes", default="^(eager|sdpa|diffusers)/", help="a regular expression: attention/shapes/phase")
+    parser.add_argument(
+        "--modes", default="^(eager|sdpa|diffusers)/", help="a regular expression: attention/shapes/phase"
+    )
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th model type, from the i-th")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds of processor time for a model type")
@@ -92,7 +96,7 @@ def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, time
                 os.waitpid(pid, 0)
             if ended or slow:
                 del running[pid]
-                spent = slow or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+                spent = slow or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL))
                 why = f"no answer after {timeout} s" if spent else f"the process ended with status {status}"
                 finish(name, wanted, part, results, why)
 
@@ -104,7 +108,9 @@ def finish(name: str, wanted: list[Mode], part: Path, results: Path, why: str) -
     have = {json.loads(x)["mode"] for x in lines}
     for n, mode in enumerate(m for m in wanted if str(m) not in have):
         said = why if n == 0 else "an earlier mode did not end"
-        lines.append(json.dumps({"model": name, "mode": str(mode), "status": "crashed" if n == 0 else "not run", "why": said}))
+        lines.append(
+            json.dumps({"model": name, "mode": str(mode), "status": "crashed" if n == 0 else "not run", "why": said})
+        )
     with results.open("a") as file:
         file.write("".join(x + "\n" for x in lines))
     states = [json.loads(x) for x in lines]
@@ -115,7 +121,9 @@ def finish(name: str, wanted: list[Mode], part: Path, results: Path, why: str) -
 def revision() -> str:
     """The commit that is measured; empty outside a checkout."""
     here = Path(__file__).resolve().parent
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     return asked.stdout.strip()
 
 
@@ -127,14 +135,11 @@ def counts(row: dict[str, Any]) -> str:
 def prepare() -> None:
     """Import in the parent what every child needs: a forked process has it at once."""
     torch.set_num_threads(1)
-    import torch._inductor.compile_fx as _compile_fx
-    import transformers
     from torch._inductor.fx_passes import joint_graph
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
-    import transformers.models.vit.modeling_vit  # noqa: F401
 
-    transformers.logging.set_verbosity_error()
+    for name in ("auto.modeling_auto", "llama.modeling_llama", "vit.modeling_vit"):
+        importlib.import_module(f"transformers.models.{name}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     joint_graph.lazy_init(torch.device("cpu"))
     warm_up()
 
@@ -146,8 +151,8 @@ def warm_up() -> None:
 
     def attention(x: torch.Tensor) -> torch.Tensor:
         q, k, v = layer.in_proj_weight.matmul(x.mT).mT.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT).softmax(-1)
-        return weights @ v + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        weighted: torch.Tensor = (q @ k.mT).softmax(-1) @ v
+        return weighted + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     compiled = torch.compile(attention, backend=observer(Seen()), dynamic=False)
     with torch.no_grad():

@@ -38,6 +38,8 @@ _FIXED_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decod
 _POSITIONS = re.compile(r"(max_\w*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len(gth)?|max_sequence_length)$")
 _WINDOW = re.compile(r"(sliding_window(_size)?|local_attention|attention_chunk_size|local_window_size)$")
 _ROTARY = re.compile(r"^(rotary_dim|rotary_ndims|rope_head_dim|rotary_emb_dim)$")
+_INDICES = re.compile(r"ind(ex|ic)|idx|_layers|_blocks|blocks$")
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_kv_shared_layers")
 _ZERO = re.compile(r"drop|_pdrop|mask_(time|feature)_prob|noise_(prob|std|scale)|jitter|layerdrop|label_noise")
 
 
@@ -136,7 +138,7 @@ def _number(
         return None
     if name.startswith("linear_num_"):
         return 2 if "key" in name else 4
-    if name.startswith("mamba") and _HEADS.search(name) or (state_space and name in ("num_heads", "n_heads")):
+    if (name.startswith("mamba") and _HEADS.search(name)) or (state_space and name in ("num_heads", "n_heads")):
         return 8
     if _KV.search(name):
         return (KV_HEADS if grouped else HEADS) if value > 1 else value
@@ -205,9 +207,8 @@ def _cut_layers(config: Any) -> None:
         if isinstance(v, int) and not isinstance(v, bool) and v > 2 and _LAYERS.search(k) and not _NOT_LAYERS.search(k)
     }
     for name, value in values.items():
-        if isinstance(value, (list, tuple)) and value and name in ("depths", "blocks_per_stage", "num_blocks"):
-            if all(isinstance(x, int) for x in value):
-                _set(config, name, type(value)(min(x, 2) for x in value))
+        if name in ("depths", "blocks_per_stage", "num_blocks") and _integers(value):
+            _set(config, name, type(value)(min(x, 2) for x in value))
     for count in sorted(set(counts.values()), reverse=True):
         listed = {
             k: v
@@ -221,16 +222,18 @@ def _cut_layers(config: Any) -> None:
             if value == count:
                 _set(config, name, len(keep))
         for name, value in values.items():
-            indices = isinstance(value, (list, tuple)) and value and all(type(x) is int for x in value)
-            if name not in listed and indices and re.search(r"ind(ex|ic)|idx|_layers|_blocks|blocks$", name):
-                if max(value) >= len(keep) and 0 <= min(value) and max(value) <= count and "out_" not in name:
-                    _set(config, name, type(value)([1]) if len(value) < 8 else type(value)(range(len(keep))))
+            indices = name not in listed and "out_" not in name and _integers(value) and _INDICES.search(name)
+            if indices and min(value) >= 0 and len(keep) <= max(value) <= count:
+                _set(config, name, type(value)([1] if len(value) < 8 else range(len(keep))))
     for name, value in values.items():
-        if name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_kv_shared_layers"):
-            if isinstance(value, int) and value > 1:
-                _set(config, name, 1 if "shared" not in name else 0)
+        if name in _FIRST_LAYERS and isinstance(value, int) and value > 1:
+            _set(config, name, 1 if "shared" not in name else 0)
     if "stage_names" in values or "_out_indices" in vars(config):
         _last_stage(config)
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(type(x) is int for x in value)
 
 
 def kinds(layers: Sequence[tuple[Any, ...]]) -> list[int]:

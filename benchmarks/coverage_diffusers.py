@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -158,8 +159,7 @@ MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
 
 def build_diffuser(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any] | None]:
     """A model with random weights, its inputs, and inputs of another size (None where the model has one size)."""
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     sizes, make = MODELS[name]
     torch.manual_seed(0)
     model: torch.nn.Module = getattr(diffusers, name)(**sizes)

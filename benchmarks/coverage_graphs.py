@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,16 +20,20 @@ POLICY = {"version": 1, "defaults": {"min_speedup": 0}}
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
 FUSED = frozenset({"scaled_dot_product_attention", "flex_attention"})
 CONTRACTIONS = frozenset({"matmul", "bmm", "einsum", "baddbmm", "tensordot", "mm", "__matmul__"})
+"""Products, by the names that functions, methods and operators have."""
 _THROUGH = frozenset(
-    """
-    add add_ sub sub_ rsub mul mul_ div div_ true_divide truediv neg where masked_fill masked_fill_ to type_as float half
-    bfloat16 _to_copy contiguous clone alias detach view reshape _unsafe_view unsafe_view flatten unflatten transpose t mT
-    permute unsqueeze squeeze expand expand_as view_as reshape_as cat concat stack getitem slice select narrow split chunk
-    unbind split_with_sizes index index_select gather pad constant_pad_nd roll tanh sigmoid clamp clamp_ clamp_min
-    clamp_max minimum maximum nan_to_num nan_to_num_ relu exp pow dropout dropout_ feature_dropout tril triu copy copy_
-    repeat repeat_interleave unfold as_strided swapaxes swapdims movedim flip iadd imul isub slice_scatter select_scatter
-    scatter diagonal softplus logical_not mean amax amin max iand tile lift_fresh_copy convolution conv2d
-    """.split()
+    word
+    for line in (
+        "_to_copy _unsafe_view add add_ alias amax amin as_strided bfloat16 cat chunk clamp clamp_ clamp_max",
+        "clamp_min clone concat constant_pad_nd contiguous conv2d convolution copy copy_ detach diagonal div div_",
+        "dropout dropout_ exp expand expand_as feature_dropout flatten flip float gather getitem half iadd iand imul",
+        "index index_select isub lift_fresh_copy logical_not mT masked_fill masked_fill_ max maximum mean minimum",
+        "movedim mul mul_ nan_to_num nan_to_num_ narrow neg pad permute pow relu repeat repeat_interleave reshape",
+        "reshape_as roll rsub scatter select select_scatter sigmoid slice slice_scatter softplus split",
+        "split_with_sizes squeeze stack sub sub_ swapaxes swapdims t tanh tile to transpose tril triu true_divide",
+        "truediv type_as unbind unflatten unfold unsafe_view unsqueeze view view_as where",
+    )
+    for word in line.split()
 )
 
 
@@ -137,19 +140,20 @@ class Seen:
 @contextlib.contextmanager
 def observed_lift(into: list[tuple[list[Anchor], list[Site | Missed]]]) -> Iterator[None]:
     """Note the anchors of every captured graph, and what the lifter made of them, before anything is rewritten."""
-    original = rewrite.lift
+    passes: Any = rewrite
+    original = passes.lift
 
     def lift(graph: GraphModule) -> list[Site | Missed]:
         before = anchors(graph)
-        found = original(graph)
+        found: list[Site | Missed] = original(graph)
         into.append((before, list(found)))
         return found
 
-    rewrite.lift = lift
+    passes.lift = lift
     try:
         yield
     finally:
-        rewrite.lift = original
+        passes.lift = original
 
 
 def observer(seen: Seen, *, count_inductor: bool = True) -> Callable[..., Any]:
@@ -173,7 +177,13 @@ def observer(seen: Seen, *, count_inductor: bool = True) -> Callable[..., Any]:
             seen.fallbacks.append(report.fallback)
         if result.captured is None:
             seen.sites.extend(
-                {"kind": a.kind, "verdict": "kept", "mask": "unknown", "reason": report.fallback, "location": a.location}
+                {
+                    "kind": a.kind,
+                    "verdict": "kept",
+                    "mask": "unknown",
+                    "reason": report.fallback,
+                    "location": a.location,
+                }
                 for a in dynamo
             )
             return graph.forward
@@ -243,18 +253,19 @@ def inductor_matches(graph: GraphModule, inputs: Sequence[Any]) -> int | str:
     AOTAutograd traces the graph with inductor's decompositions as it does for inductor, inductor's passes over the
     joint graph run, and nothing is compiled.
     """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.utils import counters
     from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     before = counters["inductor"]["fuse_attention"]
 
-    def stop(module: GraphModule, *_: Any, **__: Any) -> Any:
+    def matched(module: GraphModule, *_: Any, **__: Any) -> Any:
         joint_graph_passes(module)
         raise _MatchedError
 
+    stop: Any = matched
     try:
         aot_module_simplified(
             graph,
@@ -271,5 +282,5 @@ def inductor_matches(graph: GraphModule, inputs: Sequence[Any]) -> int | str:
     except TensorifyScalarRestartAnalysis:  # Dynamo starts again with that number fixed, as it does under inductor
         raise
     except Exception as error:  # the model does not go through inductor's tracer
-        return f"{type(error).__name__}: {re.sub(r'0x[0-9a-f]+', '', str(error).splitlines()[0] if str(error) else '')[:160]}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage_configs import attributes, sub_configs
+from benchmarks.coverage_configs import sub_configs
 
 BATCH, LENGTH = 2, 24
 OTHER_BATCH, OTHER_LENGTH = 2, 37

@@ -42,10 +42,11 @@ class NotBuiltError(Exception):
 
 def model_types() -> list[str]:
     """Every model type of transformers, and ``diffusers.CLASS`` where that library is installed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
+    auto: Any = configuration_auto
     more = [f"{DIFFUSERS}.{name}" for name in MODELS] if importlib.util.find_spec(DIFFUSERS) else []
-    return [*sorted(CONFIG_MAPPING_NAMES), *more]
+    return [*sorted(auto.CONFIG_MAPPING_NAMES), *more]
 
 
 def model_classes(config_class: type) -> list[type]:
@@ -53,9 +54,10 @@ def model_classes(config_class: type) -> list[type]:
     from transformers.models.auto import modeling_auto
 
     found: list[type] = []
-    mappings = [modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
+    mappings: list[Any] = [modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
     mappings += [v for k, v in sorted(vars(modeling_auto).items()) if k.endswith("_MAPPING") and v not in mappings]
     for mapping in mappings:
+        classes: Any = ()
         try:
             classes = mapping.get(config_class, ())
         except Exception:  # the model's module needs a library that is not installed
@@ -142,9 +144,9 @@ def other_size(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]
             others = first_that_runs(model, batch, length)
         except NotBuiltError:
             continue
-        if sorted(others) == sorted(inputs):
-            if shapes != [x.shape for x in pytree.tree_leaves(others) if isinstance(x, torch.Tensor)]:
-                return others
+        changed = [x.shape for x in pytree.tree_leaves(others) if isinstance(x, torch.Tensor)]
+        if sorted(others) == sorted(inputs) and shapes != changed:
+            return others
     return None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,9 @@ MODES = tuple(
 
 def run_modes(model_type: str, modes: list[Mode]) -> Iterator[dict[str, Any]]:
     """One row for each mode, as soon as it is there."""
-    attention, built, problem = "", None, {}
+    attention = ""
+    built: Built | None = None
+    problem: dict[str, Any] = {}
     for mode in modes:
         start = time.perf_counter()
         row: dict[str, Any] = {"model": model_type, "mode": str(mode)}
@@ -144,7 +147,7 @@ def _run(
     generator = torch.Generator().manual_seed(1)
     directions = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in flowing]
     wanted = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(flowing, wanted, directions, allow_unused=True)
+    gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(flowing, wanted, directions, allow_unused=True)
     return [x.detach().clone() for x in chosen], [g if g is not None else torch.zeros(()) for g in gradients]
 
 
@@ -160,7 +163,7 @@ def difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> flo
             return float("inf")
         off += float((a[~odd] - b[~odd]).square().sum())
         total += float(a[~odd].square().sum())
-    return (off / total) ** 0.5 if total else off**0.5
+    return math.sqrt(off / total if total else off)
 
 
 def chosen_modes(pattern: str, model_type: str) -> list[Mode]:

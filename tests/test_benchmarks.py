@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import linear, measure, models, zoo
+from benchmarks import coverage, coverage_graphs, coverage_modes, coverage_report, linear, measure, models, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,3 +93,119 @@ def test_a_failure_is_a_row() -> None:
     result = measure.measure(fail, "cpu")
     assert math.isnan(result.ms)
     assert measure.milliseconds(result) == "out of memory"
+
+
+def coverage_run(results: Path, *arguments: str) -> str:
+    """In a process of its own: the sweep forks one for every model type."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/coverage.py", "--results", str(results), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_coverage(tmp_path: Path) -> None:
+    """Every site of a decoder and an encoder is counted; what is in the file is not run again."""
+    pytest.importorskip("transformers")
+    results, page = tmp_path / "sweep.jsonl", tmp_path / "coverage.md"
+    wanted = (
+        "--only",
+        "^(bert|llama|aimv2_text_model)$",
+        "--modes",
+        "eager/static/(inference|training)|sdpa/static/inf",
+    )
+    said = coverage_run(results, *wanted)
+    assert "llama: eager/static/inference: ran 2/2" in said
+    found = {(r["model"], r["mode"]): r for r in map(json.loads, results.read_text().splitlines())}
+    assert len(found) == 9
+    for model, mask in (("bert", "none"), ("llama", "causal")):
+        for mode in ("eager/static/inference", "eager/static/training", "sdpa/static/inference"):
+            row = found[model, mode]
+            assert [s["mask"] for s in row["sites"]] == [mask] * 2
+            assert row["error"] < 1e-5
+            assert row.get("gradient_error", 0.0) < 1e-4
+    assert found["bert", "eager/static/inference"]["inductor"] == 2
+    assert found["llama", "eager/static/inference"]["inductor"] == 0
+    assert found["aimv2_text_model", "eager/static/inference"]["status"] == "not built"
+    assert coverage_run(results, *wanted) == ""
+    coverage_run(results, "--report", str(page))
+    text = page.read_text()
+    assert "| eager/static/inference | 2 | 2 | 2 of 2 (100.0%) | 4 of 4 (100.0%) | 2 of 4 (50.0%) |" in text
+    assert "| llama | 2/2 | 2/2 | 2/2 | 0 | causal |" in text
+
+
+class Mixed(torch.nn.Module):
+    """One attention, one SDPA call, and three softmaxes that are no attention: a router, a pooling and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.router = torch.nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        y = (q @ k.mT).mul(0.3).softmax(-1) @ v
+        y = y + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        y = y * torch.matmul(y, self.router).softmax(-1).amax(-1, keepdim=True)
+        pooled = self.q(x).softmax(-2).mT @ v
+        return y.softmax(-1), pooled
+
+
+def test_anchors_are_counted_in_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the lifter sees nothing, and where the graph was left to inductor."""
+    import attncomp.passes.rewrite as rewrite
+    from attncomp.variant import Rejection
+
+    model, x = Mixed(), torch.randn(2, 5, 8)
+
+    def compiled() -> coverage_graphs.Seen:
+        seen = coverage_graphs.Seen()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            result = torch.compile(model, backend=coverage_graphs.observer(seen), dynamic=False)(x)
+        assert measure.difference(result, model(x)) < 1e-6
+        return seen
+
+    kinds = [(s["kind"], s["verdict"]) for s in compiled().sites if not s["kind"].startswith("more")]
+    assert kinds == [("softmax", "rewritten"), ("sdpa", "rewritten")]
+    with monkeypatch.context() as patched:
+        patched.setattr(rewrite, "lift", lambda _: [])
+        blind = compiled().sites
+    assert [(s["kind"], s["reason"].split(":")[0]) for s in blind] == [("softmax", "not-seen"), ("sdpa", "not-seen")]
+    monkeypatch.setattr(rewrite, "capture", lambda *_: Rejection("capture-failed", "planted"))
+    left = compiled()
+    assert [(s["kind"], s["reason"]) for s in left.sites] == [
+        (k, "capture-failed: planted") for k in ("softmax", "sdpa")
+    ]
+    assert left.fallbacks == ["capture-failed: planted"]
+
+
+def test_a_crash_costs_one_row(tmp_path: Path) -> None:
+    part, results = tmp_path / "part", tmp_path / "results"
+    modes = coverage_modes.chosen_modes("eager/static", "bert")
+    part.write_text(
+        json.dumps({"model": "bert", "mode": str(modes[0]), "status": "failed", "why": "x"}) + '\n{"model": "b'
+    )
+    coverage.finish("bert", modes, part, results, "the process ended with status 11")
+    assert [r["status"] for r in coverage.read(results)] == ["failed", "crashed"]
+    assert not part.exists()
+    assert "the process ended with status 11" in coverage_report.render(coverage.read(results))
+
+
+def test_disagreement_is_no_coverage() -> None:
+    row = {"model": "m", "mode": "eager/static/inference", "status": "ran", "noise": 0.0, "inductor": 0}
+    row |= {"sites": [{"kind": "softmax", "verdict": "rewritten", "mask": "none", "reason": "", "location": ""}]}
+    assert coverage_report.agrees(row | {"error": 1e-7, "gradient_error": 9e-5})
+    assert not coverage_report.agrees(row | {"error": 1e-7, "gradient_error": 2e-4})
+    assert not coverage_report.agrees(row | {"error": float("nan")})
+    assert not coverage_report.agrees(row | {"error": 1e-7, "other_error": float("inf")})
+    assert "| 0 of 1 (0.0%) |" in coverage_report.render([row | {"error": 1e-3}])
+    assert coverage_modes.difference([torch.ones(2)], [torch.tensor([1.0, math.nan])]) == math.inf
+    assert coverage_modes.difference([torch.ones(2)], [torch.ones(3)]) == math.inf
