@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.coverage_models import model_types
 from benchmarks.measure import table
 
 FORWARD, GRADIENT = 1e-5, 1e-4
@@ -43,7 +44,7 @@ def render(rows: Sequence[Row]) -> str:
     where = ", ".join(f"{c} ({n} rows)" for c, n in commits.most_common()) or "unknown"
     parts = [
         INTRODUCTION,
-        f"Measured at commit {where}, torch {torch.__version__}, {_transformers()}.\n",
+        f"Measured at commit {where}, torch {torch.__version__}, {_transformers()}. {_extent(rows)}\n",
         "## Summary\n",
         _summary(rows, modes),
         "\n## Masks of decoder models\n",
@@ -88,6 +89,14 @@ def _transformers() -> str:
     except ImportError:
         return "transformers not installed"
     return f"transformers {transformers.__version__}"
+
+
+def _extent(rows: Sequence[Row]) -> str:
+    """How much of the library the rows are: a sweep is drawn in random order, and may have been cut short."""
+    every = set(model_types()) - {r["model"] for r in rows}
+    tried = len({r["model"] for r in rows if not r["mode"].startswith("diffusers")})
+    left = len([name for name in every if "." not in name])
+    return f"{tried} of {tried + left} model types of transformers were tried, in the modes that their rows show."
 
 
 def _order(mode: str) -> tuple[int, ...]:
