@@ -60,8 +60,10 @@ def attncomp(
     record(result.report)
     target = graph
     lifted: tuple[torch.Tensor, ...] = ()
-    if result.captured is None:
-        _warn_once(result.report.fallback or "")
+    if result.report.fallback is not None:
+        _warn_once(result.report.fallback)
+    elif result.captured is None:
+        pass  # nothing in the graph can be attention
     elif any(s.verdict == "rewritten" for s in result.report.sites):
         target, lifted = result.captured.graph, result.captured.lifted
     inputs = [*lifted, *example_inputs]

@@ -53,13 +53,18 @@ class SiteReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What attncomp did with one graph. `fallback` says why the whole graph was left to inductor, if it was."""
+    """What attncomp did with one graph.
+
+    fallback: why the whole graph was left to inductor, if it was. seconds: of analysis; stages: the same by stage
+    (capture, lift with its proofs, choose, lower), in order.
+    """
 
     sites: tuple[SiteReport, ...]
     fallback: str | None = None
     device: str = ""
     policy: str = ""
     seconds: float = 0.0
+    stages: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

@@ -7,6 +7,7 @@ user's code mutates comes out as extra values, which are copied back into the in
 
 from __future__ import annotations
 
+import logging
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.anchors import marks
 from attncomp.passes.autocast import explicit_casts, with_regions
+from attncomp.passes.capture_parts import capture_parts
 from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
@@ -27,6 +30,8 @@ from attncomp.passes.opaque import opaque, restore
 from attncomp.passes.vmapped import Segment
 from attncomp.passes.vmaps import functorch_depth, leave_functorch, without_vmap
 from attncomp.variant import Rejection
+
+log = logging.getLogger("attncomp")
 
 _VIEW_NAMES = frozenset(
     {
@@ -70,31 +75,20 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined
-    dynamo_graph = with_regions(inlined.graph)
+    original, dynamo_graph = dynamo_graph, with_regions(inlined.graph)
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     depth = functorch_depth()
     try:
-        exported, signature = aot_export_module(
-            dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True, decompositions=FAST_PATHS
-        )
+        graph, lifted, targets = _traced(dynamo_graph, inputs, plain=dynamo_graph is original)
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         leave_functorch(depth)
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
-    assert isinstance(exported, GraphModule)
-    graph = exported
     restore(graph, inlined.kept)
-    named: dict[str, torch.Tensor] = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
-        dynamo_graph.named_buffers(remove_duplicate=False)
-    )
-    lifted = tuple(named[name] for name in (*signature.parameters, *signature.buffers))
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(lifted) + len(inputs):
         return Rejection(
             "capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones"
         )
-    targets = {str(value): str(place) for value, place in signature.user_inputs_to_mutate.items()}
-    buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
-    targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
         _read_from_copies(graph, set(targets.values()))
     explicit_casts(graph)
@@ -123,6 +117,36 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         if node.target is opaque:
             node.meta["attncomp_segment"] = segments[node.args[1]]
     return Captured(graph, lifted, inlined.checkpoints, segments)
+
+
+def _traced(
+    dynamo_graph: GraphModule, inputs: Sequence[Any], plain: bool
+) -> tuple[GraphModule, tuple[torch.Tensor, ...], dict[str, str]]:
+    """(functional graph, the tensors it takes first, name of each mutated value → name of its placeholder).
+
+    The mutated values are the graph's first outputs. plain: without regions, whose marks copies of a layer would share.
+    """
+    parts = None
+    try:
+        if plain:
+            parts = capture_parts(dynamo_graph, inputs, marks(dynamo_graph))
+    except Exception:  # a stretch that can't be traced on its own says nothing of the whole graph
+        log.debug("the repeated parts of a graph were not traced on their own", exc_info=True)
+    if parts is not None:
+        return parts.graph, (), parts.targets
+    exported, signature = aot_export_module(
+        dynamo_graph, list(inputs), trace_joint=False, pre_dispatch=True, decompositions=FAST_PATHS
+    )
+    assert isinstance(exported, GraphModule)
+    named: dict[str, torch.Tensor] = dict(dynamo_graph.named_parameters(remove_duplicate=False)) | dict(
+        dynamo_graph.named_buffers(remove_duplicate=False)
+    )
+    lifted = tuple(named[name] for name in (*signature.parameters, *signature.buffers))
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    targets = {str(value): str(place) for value, place in signature.user_inputs_to_mutate.items()}
+    buffers = {fqn: placeholders[len(signature.parameters) + n].name for n, fqn in enumerate(signature.buffers)}
+    targets |= {value: buffers[fqn] for value, fqn in signature.buffers_to_mutate.items()}
+    return exported, lifted, targets
 
 
 def _moderate(x: Any) -> bool:

@@ -6,7 +6,7 @@ It is traced into the graph under the graph's own fake tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._guards import detect_fake_mode
@@ -20,8 +20,11 @@ from attncomp.passes.symbols import NotAnIntegerError, from_symint
 from attncomp.plan import Plan
 from attncomp.variant import Rejection, Variant
 
+Traces: TypeAlias = "dict[Any, GraphModule]"
+"""What variants built, by everything that the tracer can tell apart: equal sites of a graph are traced once."""
 
-def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node | Rejection:
+
+def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: Traces) -> Node | Rejection:
     """Insert the variant's computation before the site's output, and let it take the output's place.
 
     The old nodes are left for dead-code elimination, so that a failing verification can undo the change. Returns the
@@ -44,8 +47,12 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
     fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
     if fake_mode is None:
         return Rejection("no-fake-tensors", "the captured graph carries no fake tensors")
-    with fake_mode, torch.enable_grad():
-        traced = make_fx(compute, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    kind = _trace_key(site, plan, nodes, values)
+    traced = traces.get(kind)
+    if traced is None:
+        with fake_mode, torch.enable_grad():
+            tracer = make_fx(compute, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+            traced = traces[kind] = tracer(*_distinct(values))
     with graph.graph.inserting_before(site.output):
         copies: dict[Node, Any] = dict(
             zip((n for n in traced.graph.nodes if n.op == "placeholder"), nodes, strict=True)
@@ -73,6 +80,31 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant) -> Node 
             copies[node] = new
     assert result is not None
     return result
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """The same values, no tensor twice: copies of a traced layer share what is known of their nodes."""
+    seen: set[int] = set()
+    found = []
+    for x in values:
+        found.append(x.detach().requires_grad_(x.requires_grad) if id(x) in seen and isinstance(x, torch.Tensor) else x)
+        seen.add(id(x))
+    return found
+
+
+def _trace_key(site: Site, plan: Plan, nodes: Sequence[Node], values: Sequence[Any]) -> Any:
+    """Equal for two sites only if the same plan reads the same kinds of tensors in the same way."""
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            sizes = (*x.shape, *x.stride(), x.storage_offset()) if x.layout is torch.strided else tuple(x.shape)
+            return (x.dtype, x.device, x.layout, x.requires_grad, x.is_inference(), tuple(map(kind, sizes)))
+        return x.node.expr if isinstance(x, torch.SymInt) else (type(x), x)
+
+    first = {n: nodes.index(n) for n in nodes}
+    dims = (site.q.dims, site.k.dims, site.v.dims)
+    shapes = (site.spec.sizes, site.spec.tensor("k").shape)
+    return (plan.digest, site.layout, dims, shapes, tuple(first[n] for n in nodes), tuple(map(kind, values)))
 
 
 def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Rejection:

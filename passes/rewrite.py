@@ -15,13 +15,14 @@ from attncomp.cost import UNFUSED, Work, predict_ms, unfused_linear_work, unfuse
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
+from attncomp.passes.anchors import may_hold_attention
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
 from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.lift import lift
 from attncomp.passes.lift_flex import is_flex
-from attncomp.passes.lower import lower, replace
+from attncomp.passes.lower import Traces, lower, replace
 from attncomp.passes.nodes import argument, name_of, value_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
@@ -64,16 +65,24 @@ def rewrite(
 
     check_values: also compare each rewritten site with the original on random inputs. apply: False only analyses.
     """
-    start = time.perf_counter()
+    clock = _Clock()
+
+    def report(sites: Sequence[SiteReport], fallback: str | None) -> Report:
+        return Report(tuple(sites), fallback, device, policy.canonical(), sum(clock.stages.values()), clock.taken())
+
+    device = ""
+    if not may_hold_attention(dynamo_graph):
+        return Rewritten(None, report((), None))
     captured = capture(dynamo_graph, inputs)
+    clock.stage("capture")
     if isinstance(captured, Rejection):
-        report = Report((), str(captured), policy=policy.canonical(), seconds=time.perf_counter() - start)
-        return Rewritten(None, report)
+        return Rewritten(None, report((), str(captured)))
     graph = captured.graph
     found = lift(graph)
+    clock.stage("lift")
     values = Values.of(graph, (*captured.lifted, *inputs))
     reports = []
-    device = ""
+    traces: Traces = {}
     for item in found:
         device = device or str(tensor_of(item.anchor).device)
         if isinstance(item, Missed):
@@ -83,9 +92,11 @@ def rewrite(
             hints = size_hints(item)
             item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
         request, choice = _choose(item, policy, variants, fingerprints)
+        clock.stage("choose")
         failure = None
         if choice.plan is not None and choice.variant is not None and apply:
-            failure = _apply(graph, item, choice, check_values)
+            failure = _apply(graph, item, choice, check_values, traces)
+        clock.stage("lower")
         reports.append(_site_report(item, request, choice, failure))
     if apply:
         put_back(graph)
@@ -93,8 +104,25 @@ def rewrite(
         restore_segments(graph, captured.segments)
         problem = outline(graph, captured.checkpoints)
         if problem is not None:
-            return Rewritten(None, Report((), str(problem), device, policy.canonical(), time.perf_counter() - start))
-    return Rewritten(captured, Report(tuple(reports), None, device, policy.canonical(), time.perf_counter() - start))
+            return Rewritten(None, report((), str(problem)))
+    clock.stage("lower")
+    return Rewritten(captured, report(reports, None))
+
+
+class _Clock:
+    """Seconds by stage: the time since the last mark belongs to the stage that is marked."""
+
+    def __init__(self) -> None:
+        self.stages = dict.fromkeys(("capture", "lift", "choose", "lower"), 0.0)
+        self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self.stages[name] += now - self._last
+        self._last = now
+
+    def taken(self) -> tuple[tuple[str, float], ...]:
+        return tuple(self.stages.items())
 
 
 def _choose(
@@ -226,11 +254,11 @@ def _plain_program(spec: AttentionSpec) -> Expr:
     return mul(Score(), affine[0] if affine is not None else Const(1.0))
 
 
-def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool) -> Rejection | None:
+def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool, traces: Traces) -> Rejection | None:
     assert choice.plan is not None
     assert choice.variant is not None
     try:
-        new = lower(graph, site, choice.plan, choice.variant)
+        new = lower(graph, site, choice.plan, choice.variant, traces)
     except Exception as error:  # a variant that can't be traced must not cost the user the model
         return Rejection(
             "error", f"the {choice.variant.name} variant could not be traced: {type(error).__name__}: {error}"

@@ -1,0 +1,42 @@
+"""Where attention may be in a Dynamo graph, by the names of what it calls: hints of layers, and proof of absence."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+_NORMALISERS = ("softmax", "attention", "sigmoid", "exp", "relu")
+_PRODUCTS = ("matmul", "bmm", "einsum", "dot", "mm", "mul", "inner", "conv")
+
+
+def marks(graph: GraphModule) -> list[Node]:
+    """Nodes of which every attention has one: normalisers; without any, products. In graph order."""
+    for names in (("softmax", "attention"), _NORMALISERS, _PRODUCTS):
+        found = [n for n in graph.graph.nodes if any(name in called(n) for name in names)]
+        if found:
+            return found
+    return []
+
+
+_CONTRACTIONS = ("matmul", "mm", "einsum", "dot", "inner", "cumsum", "sum", "conv", "attention", "outer")
+
+
+def may_hold_attention(graph: GraphModule) -> bool:
+    """False only if nothing in the graph can be an attention: fewer than two contractions, and no fused call of one."""
+    contractions = 0
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op not in ("call_function", "call_method"):
+            return True  # a subgraph or a constant: what reads it is not known by a name
+        name = called(node)
+        if any(part in name for part in ("attention", "attend", "transformer_encoder")):
+            return True
+        contractions += any(part in name for part in _CONTRACTIONS)
+    return contractions >= 2
+
+
+def called(node: Node) -> str:
+    """The name of the function or method that a node calls, in any of torch's spellings."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return f"{getattr(node.target, '__name__', '')} {node.target}" if callable(node.target) else str(node.target)

@@ -1,0 +1,415 @@
+"""Capture of a graph whose layers repeat: each different stretch is traced once, and its copies are written down.
+
+Tracing costs torch about a millisecond a node, and several with symbolic sizes; the layers of a model differ only in
+their parameters. Two stretches of a Dynamo graph are the same if they have the same operations with the same arguments,
+read values of the same kind (shape, strides, dtype, device, gradients) in the same places, and are entered in the same
+gradient mode: then the tracer would see no difference, and one trace serves both.
+
+A trace says what its stretch mutates. Stretches are independent only if they mutate nothing that another one may see;
+if one does, nothing is returned and the graph is traced whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from attncomp.passes.anchors import called
+from attncomp.passes.fast_paths import FAST_PATHS
+from attncomp.passes.repeats import Range, stretches
+
+_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+"""What a node says of its place in the user's code, which each copy has of its own."""
+
+_STATE = ("autocast", "inference_mode", "functorch", "_enter", "_exit", "vmap", "saved_tensors_hooks", "dual_level")
+"""Names of functions that change how later ones are traced."""
+
+
+log = logging.getLogger("attncomp")
+
+
+class _DifferentError(Exception):
+    """The graph has something that this module does not take apart (internal: it is then traced whole)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A functional graph with the placeholders of the Dynamo graph; its first outputs are the mutated values.
+
+    targets: name of each such output's node → name of the placeholder that it is the new value of.
+    """
+
+    graph: GraphModule
+    targets: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive nodes, the values they read from outside in order of first use, and those that are used later."""
+
+    nodes: tuple[Node, ...]
+    outside: tuple[Node, ...]
+    results: tuple[Node, ...]
+    grad: bool
+    key: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """One stretch traced.
+
+    graph: placeholders are the outside values. results: its outputs. mutated: (output, position of the outside value).
+    sources: for each node, the position in the stretch of the Dynamo node that it came from.
+    guarded: the tracer asked for a value known only at run time, and so the trace is of no other stretch.
+    """
+
+    graph: GraphModule
+    results: tuple[Any, ...]
+    mutated: tuple[tuple[Node, int], ...]
+    sources: Mapping[Node, int]
+    guarded: bool
+
+
+def capture_parts(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Sequence[Node]) -> Parts | None:
+    """The functional graph, from one trace of each different stretch; None if the graph must be traced whole.
+
+    marks: the nodes that tell layers, ascending.
+
+    Raises:
+        Exception: whatever torch's tracer raises.
+    """
+    try:
+        return _capture(dynamo_graph, inputs, marks)
+    except _DifferentError as reason:
+        log.debug("a graph is traced whole: %s", reason)
+        return None
+
+
+def _capture(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Sequence[Node]) -> Parts | None:
+    placeholders = [n for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in reversed(dynamo_graph.graph.nodes) if n.op == "output")
+    nodes = [n for n in dynamo_graph.graph.nodes if n.op not in ("placeholder", "output")]
+    values = {n: n.meta.get("example_value") for n in (*placeholders, *nodes)}
+    for node in nodes:
+        if node.op not in ("call_function", "call_method") or any(part in called(node) for part in _STATE):
+            raise _DifferentError(f"{node.op} {node.target}")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise _DifferentError(f"the higher-order operator {node.target}")
+    describe = _Describe(values)
+    position = {n: i for i, n in enumerate(nodes)}
+    ranges = stretches(
+        _keys(nodes, describe), [position[m] for m in marks if m in position], _live(nodes, output, values)
+    )
+    if len(ranges) < 2:
+        return None
+    parts = _parts(nodes, output, ranges, describe)
+    if len({p.key for p in parts}) == len(parts):
+        return None
+    return _assembled(dict(zip(placeholders, inputs, strict=True)), output, parts, values)
+
+
+# -- what a stretch is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Float:
+    """A number known only at run time; which one makes no difference to a tracer, unless it asks for the value."""
+
+    expr: Any
+
+
+class _Describe:
+    """Values and arguments as keys: equal only if a tracer can't tell them apart."""
+
+    def __init__(self, values: Mapping[Node, Any]) -> None:
+        self._values = values
+        self._known: dict[Node, Any] = {}
+
+    def value(self, node: Node) -> Any:
+        """What a tracer sees of the value that a node stands for."""
+        found = self._known.get(node)
+        if found is None:
+            found = self._known[node] = self._of(self._values[node])
+        return found
+
+    def kind(self, node: Node) -> Any:
+        """`value`, with all run-time floats alike."""
+        found = self.value(node)
+        return _Float if isinstance(found, _Float) else found
+
+    def _of(self, x: Any) -> Any:
+        if isinstance(x, FakeTensor):
+            if type(x) is not FakeTensor and not isinstance(x, torch.nn.Parameter):
+                raise _DifferentError(f"a {type(x).__name__}")
+            sizes = (*x.shape, *x.stride(), x.storage_offset()) if x.layout is torch.strided else tuple(x.shape)
+            flags = (x.requires_grad, x.is_inference(), x.is_conj(), x.is_neg(), isinstance(x, torch.nn.Parameter))
+            return (x.dtype, x.device, x.layout, flags, tuple(map(self._size, sizes)))
+        if isinstance(x, int | torch.SymInt) and not isinstance(x, bool):
+            return ("size", self._size(x))
+        if isinstance(x, tuple | list):
+            return (type(x), tuple(self._of(y) for y in x))
+        if x is None or isinstance(x, bool | float | str | torch.dtype | torch.device):
+            return (type(x), repr(x))
+        if isinstance(x, torch.SymFloat):
+            return _Float(x.node.expr)
+        if isinstance(x, torch.SymBool):
+            return (type(x), x.node.expr)
+        raise _DifferentError(f"a value of type {type(x).__name__}")
+
+    def _size(self, x: Any) -> Any:
+        if isinstance(x, torch.SymInt):
+            if free_unbacked_symbols(x):
+                raise _DifferentError(f"the size {x}, which depends on data")
+            return x.node.expr
+        return int(x)
+
+    def argument(self, x: Any, of_node: Any) -> Any:
+        """An argument of an operation, with `of_node` saying what stands for a node in it."""
+        if isinstance(x, Node):
+            return of_node(x)
+        if isinstance(x, tuple | list):
+            return (type(x).__name__, tuple(self.argument(y, of_node) for y in x))
+        if isinstance(x, dict):
+            return ("dict", tuple((k, self.argument(y, of_node)) for k, y in x.items()))
+        if isinstance(x, slice):
+            return ("slice", *(self.argument(y, of_node) for y in (x.start, x.stop, x.step)))
+        if x is None or x is Ellipsis or isinstance(x, bool | int | float | complex | str | torch.dtype | torch.device):
+            return (type(x), repr(x))
+        if isinstance(x, torch.layout | torch.memory_format):
+            return (type(x), str(x))
+        raise _DifferentError(f"an argument of type {type(x).__name__}")
+
+    def operation(self, node: Node, of_node: Any) -> Any:
+        arguments = (self.argument(node.args, of_node), self.argument(node.kwargs, of_node))
+        return (node.op, node.target, arguments)
+
+
+def _keys(nodes: Sequence[Node], describe: _Describe) -> list[int]:
+    """A number for each node, equal where operation, arguments and their kinds are: what looks the same from nearby."""
+    numbers: dict[Any, int] = {}
+    keys = []
+    for node in nodes:
+        key = (describe.operation(node, describe.kind), describe.kind(node))
+        keys.append(numbers.setdefault(key, len(numbers)))
+    return keys
+
+
+def _live(nodes: Sequence[Node], output: Node, values: Mapping[Node, Any]) -> list[int | None]:
+    """For each position and the end: the values that are made before it and used from there on; None for a bad cut."""
+    position = {n: i for i, n in enumerate(nodes)}
+    change = [0] * (len(nodes) + 2)
+    bad = [0] * (len(nodes) + 2)
+    for i, node in enumerate(nodes):
+        last = max((position.get(u, len(nodes)) for u in node.users), default=i)
+        for counts in (change,) if _crosses(values[node]) else (change, bad):
+            counts[i + 1] += 1
+            counts[last + 1] -= 1
+    found: list[int | None] = []
+    count = barred = 0
+    for at in range(len(nodes) + 1):
+        count, barred = count + change[at], barred + bad[at]
+        found.append(None if barred and at < len(nodes) else count)
+    return found
+
+
+def _crosses(x: Any) -> bool:
+    return isinstance(x, FakeTensor | torch.SymInt)
+
+
+def _parts(nodes: Sequence[Node], output: Node, ranges: Sequence[Range], describe: _Describe) -> list[_Stretch]:
+    grad = torch.is_grad_enabled()
+    found = []
+    for low, high in ranges:
+        inside = {n: i for i, n in enumerate(nodes[low:high])}
+        outside: dict[Node, int] = {}
+        floats: dict[Any, int] = {}
+
+        def value(n: Node, floats: dict[Any, int] = floats) -> Any:
+            found = describe.value(n)
+            return ("float", floats.setdefault(found, len(floats))) if isinstance(found, _Float) else found
+
+        def of_node(n: Node, inside: dict[Node, int] = inside, outside: dict[Node, int] = outside) -> Any:
+            if n in inside:
+                return ("inside", inside[n])
+            return ("outside", outside.setdefault(n, len(outside)))
+
+        operations = tuple(describe.operation(n, of_node) for n in inside)
+        results = tuple(n for n in inside if any(u not in inside for u in n.users))
+        key = (
+            operations,
+            tuple(map(value, outside)),
+            tuple((inside[n], value(n)) for n in results),
+            grad,
+        )
+        found.append(_Stretch(tuple(inside), tuple(outside), results, grad, key))
+        for n in inside:
+            if n.target is torch._C._set_grad_enabled:
+                grad = bool(n.args[0])
+    return found
+
+
+# -- tracing and writing down -----------------------------------------------------------------------------------------
+
+
+def _as_input(known: Any, value: Any) -> Any:
+    """What one stretch made, as an input of the next. known: by the tracer; value: by Dynamo, with its gradient flag."""
+    if not isinstance(known, FakeTensor):
+        return known
+    with known.fake_mode:
+        return known.detach().requires_grad_(value.requires_grad)
+
+
+def _traced(part: _Stretch, given: Sequence[Any], values: Mapping[Node, Any]) -> _Trace:
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for n, node in enumerate(part.outside):
+        copies[node] = graph.placeholder(f"outside_{n}")
+    own: dict[str, int] = {}
+    for n, node in enumerate(part.nodes):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        own[copies[node].name] = n
+    graph.output(tuple(copies[n] for n in part.results))
+    module = GraphModule({}, graph)
+    if not all(isinstance(x, torch.Tensor | torch.SymInt | int) for x in given):
+        raise _DifferentError("a value that is no tensor crosses stretches")
+    before = torch.is_grad_enabled()
+    guards = _guards(given)
+    torch._C._set_grad_enabled(part.grad)
+    try:
+        exported, signature = aot_export_module(
+            module, list(given), trace_joint=False, pre_dispatch=True, decompositions=FAST_PATHS
+        )
+    finally:
+        torch._C._set_grad_enabled(before)
+    assert isinstance(exported, GraphModule)
+    places = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    if len(places) != len(given) or signature.buffers_to_mutate:
+        raise _DifferentError("inputs of a stretch were lost")
+    at = {n.name: i for i, n in enumerate(places)}
+    results = list(next(n for n in reversed(exported.graph.nodes) if n.op == "output").args[0])
+    mutated = []
+    for value, place in signature.user_inputs_to_mutate.items():
+        node = results.pop(0)
+        if not isinstance(node, Node) or node.name != str(value) or node.op == "placeholder":
+            raise _DifferentError(f"the mutation {value} of {place}")
+        mutated.append((node, at[str(place)]))
+    sources = {n: own[name] for n in exported.graph.nodes for name in [_source(n)] if name in own}
+    for node, result in zip(part.results, results, strict=True):
+        if not isinstance(result, Node) or not _alike(values[node], result.meta.get("val")):
+            raise _DifferentError(f"{node} was traced as {result}")
+    return _Trace(exported, tuple(results), tuple(mutated), sources, _guards(given) != guards)
+
+
+def _guards(values: Sequence[Any]) -> int:
+    """How many facts about run-time numbers compilation relies on so far."""
+    mode = detect_fake_mode(values)
+    return len(mode.shape_env.guards) if mode is not None and mode.shape_env is not None else 0
+
+
+def _source(node: Node) -> str:
+    """The name of the node of the traced graph that a node came from."""
+    history = node.meta.get("from_node")
+    return str(history[-1].name) if history else ""
+
+
+def _alike(x: Any, y: Any) -> bool:
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        same = x.dtype == y.dtype and x.device == y.device and len(x.shape) == len(y.shape)
+        return same and all(
+            str(a) == str(b) for a, b in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()), strict=True)
+        )
+    return str(x) == str(y)
+
+
+def _assembled(
+    inputs: Mapping[Node, Any], output: Node, parts: Sequence[_Stretch], values: Mapping[Node, Any]
+) -> Parts:
+    traces: dict[Any, _Trace] = {}
+    root = torch.nn.Module()
+    graph = Graph()
+    made: dict[Node, Any] = {}
+    mutated: dict[Node, Node] = {}
+    constants: dict[tuple[int, str], str] = {}
+    for node in inputs:
+        made[node] = graph.placeholder(node.name)
+        made[node].meta = {key: node.meta[key] for key in _META if key in node.meta}
+    for part in parts:
+        trace = traces.get(part.key)
+        if trace is None or trace.guarded:
+            given = [inputs[n] if n in inputs else _as_input(made[n].meta["val"], values[n]) for n in part.outside]
+            trace = traces[part.key] = _traced(part, given, values)
+        copies: dict[Node, Node] = {}
+        outside = iter(part.outside)
+        for node in trace.graph.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = made[next(outside)]
+                copies[node].meta.setdefault("val", node.meta["val"])
+                continue
+            if node.op == "output":
+                continue
+            new = copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "get_attr":
+                name = constants.setdefault((id(trace), str(node.target)), f"_constant_{len(constants)}")
+                if not hasattr(root, name):
+                    value = getattr(trace.graph, str(node.target))
+                    if not isinstance(value, torch.Tensor):
+                        raise _DifferentError(f"the constant {node.target}")
+                    setattr(root, name, value)
+                new.target = name
+            new.meta = dict(node.meta)
+            here = part.nodes[trace.sources[node]].meta if node in trace.sources else {}
+            for key in _META:
+                new.meta.pop(key, None)
+                if key in here:
+                    new.meta[key] = here[key]
+        for node, result in zip(part.results, trace.results, strict=True):
+            made[node] = copies[result]
+        for value, n in trace.mutated:
+            place = part.outside[n]
+            if not _private(place, part, parts, inputs, output, values):
+                raise _DifferentError(f"{place} is mutated, and may be seen elsewhere")
+            mutated[place] = copies[value]
+    for node in inputs:  # nothing read it
+        made[node].meta.setdefault("val", values[node])
+    results = torch.fx.node.map_arg(output.args[0], lambda n: made[n])
+    if not isinstance(results, tuple | list):
+        raise _DifferentError("the output is no tuple")
+    graph.output((*mutated.values(), *results))
+    named = {value.name: made[place].name for place, value in mutated.items()}
+    if len(named) < len(mutated):
+        raise _DifferentError("one value is stored into two inputs")
+    return Parts(GraphModule(root, graph), named)
+
+
+def _private(
+    place: Node,
+    part: _Stretch,
+    parts: Sequence[_Stretch],
+    inputs: Mapping[Node, Any],
+    output: Node,
+    values: Mapping[Node, Any],
+) -> bool:
+    """Whether an input that `part` mutates is seen by nothing else: no other stretch, no output, no other input."""
+    if place.op != "placeholder" or output in place.users:
+        return False
+    if any(place in other.outside for other in parts if other is not part):
+        return False
+    others = [n for n in inputs if n is not place]
+    for of in (values, inputs):  # as the tracer sees them, and as they are
+        storage = _storage(of[place])
+        if storage is None or any(_storage(of[n]) == storage for n in others):
+            return False
+    return all(_storage(values[n]) != _storage(values[place]) for n in part.results)
+
+
+def _storage(x: Any) -> Any:
+    return x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else None
