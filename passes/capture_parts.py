@@ -261,7 +261,7 @@ def _parts(nodes: Sequence[Node], output: Node, ranges: Sequence[Range], describ
 
 
 def _as_input(known: Any, value: Any) -> Any:
-    """What one stretch made, as an input of the next. known: by the tracer; value: by Dynamo, with its gradient flag."""
+    """What one stretch made (`known` by the tracer, `value` by Dynamo), as an input of the next."""
     if not isinstance(known, FakeTensor):
         return known
     with known.fake_mode:
