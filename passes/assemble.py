@@ -116,7 +116,7 @@ def assemble(
     extra = () if sink is None else (sink,)
     if any(contains(e, Sum) for e in (program, weight, *extra)):
         return Rejection("row-sums", "the scores use a sum over another axis")
-    low = partial(_holds_masks, reader)
+    low = partial(holds_masks, reader)
     taken = _take_mask(reader, kind, program, half, split, minus_infinity, low, normaliser, empty, spec_extents)
     if isinstance(taken, Rejection):
         return taken
@@ -285,7 +285,7 @@ def _take_mask(
 _BOUNDED = frozenset(("linear", "addmm", "embedding", "conv1d", "conv2d", "layer_norm", "rms_norm", "softmax"))
 
 
-def _holds_masks(reader: Reader, name: str) -> bool:
+def holds_masks(reader: Reader, name: str) -> bool:
     """Whether a captured tensor is, but for views and arithmetic, a float that the caller gives: perhaps a mask."""
     seen: set[Node] = set()
     stack = [reader.nodes[name]] if name in reader.nodes else []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from attncomp import polynomial
-from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, axes_of, loads_of, mul, op, substitute, where
-from attncomp.passes.mask import split_zeros
+from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, axes_of, loads_of, mul, op, substitute, walk, where
+from attncomp.passes.mask import may_add_masks, split_zeros
 from attncomp.passes.reader import Reader
 from attncomp.passes.shift import reduction
 
@@ -18,10 +19,14 @@ _LN2 = math.log(2.0)
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Weights that are a softmax over the keys: its program, and the logits of columns without values."""
+    """Weights that are a softmax over the keys: its program, and the logits of columns without values.
+
+    stable: the row's maximum is subtracted. Where it is not, a row of very low scores is 0 / 0 and not uniform.
+    """
 
     program: Expr
     sinks: tuple[Expr, ...]
+    stable: bool
 
 
 def exponential(
@@ -38,14 +43,33 @@ def exponential(
     exponent, mask = (substitute(e, {Score(): score}) for e in (exponent, mask))
     if not normalised:
         exponent_of = _without_logarithm(reader, exponent, score) if mask == TRUE else None
-        return None if exponent_of is None else Exponential(exponent_of, ())
+        return None if exponent_of is None else Exponential(exponent_of, (), False)
     sinks: tuple[Expr, ...] = ()
     if rest is not None and not (mask == TRUE and _negligible(reader, exponent, rest, dtype)):
         logit = _logarithm(rest)
         if logit is None:
             return None
         sinks = (logit,)
-    return Exponential(exponent if mask == TRUE else where(mask, exponent, Const(-math.inf)), sinks)
+    program = exponent if mask == TRUE else where(mask, exponent, Const(-math.inf))
+    return Exponential(program, sinks, any(_is_maximum(reader, x) for x in loads_of(exponent)))
+
+
+_LOWEST = 80.0
+"""exp(-80) is a number in float32."""
+
+
+def may_underflow(program: Expr, outside: Callable[[str], bool]) -> bool:
+    """Whether whole rows of exponentials may be zero: a large number, or an added tensor that may hold masks."""
+    if any(isinstance(x, Const) and x.kind == "float" and _LOWEST <= abs(x.value) < math.inf for x in walk(program)):
+        return True
+    return may_add_masks(program, outside)
+
+
+def _is_maximum(reader: Reader, load: Load) -> bool:
+    if "j" in axes_of(load):
+        return False
+    found = reduction(reader, load)
+    return found is not None and found.kind == "max"
 
 
 def _exponent(values: Expr) -> Expr | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.fx import Node
 
-from attncomp.expr import Axis, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, substitute
+from attncomp.expr import ONE, Axis, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, substitute
+from attncomp.passes.assemble import holds_masks
 from attncomp.passes.axes import Axes
 from attncomp.passes.contraction import contract, is_contraction, is_data, reaches_contraction, summed_size
-from attncomp.passes.lift_exponential import exponential
+from attncomp.passes.lift_exponential import exponential, may_underflow
 from attncomp.passes.mask import row_normaliser, split_zeros
-from attncomp.passes.nodes import name_of, value_of
+from attncomp.passes.nodes import name_of, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
 from attncomp.passes.site import Attempt, Site, missed
@@ -53,6 +56,9 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
         sinks: tuple[Expr, ...] = ()
         softmax = exponential(reader, weight, scores[0], normalised is not None, rest, dtype)
         if softmax is not None:
+            if not softmax.stable and may_underflow(softmax.program, partial(holds_masks, reader)):
+                reason = "exponentials of masked scores without the row's maximum: a row without keys is not a number"
+                yield missed("softmax", output, Rejection("no-maximum", reason))
             kind, weight, sinks = "softmax", softmax.program, softmax.sinks
         else:
             plain, mask = split_zeros(substitute(weight, {scores[0]: Score()}))
@@ -85,6 +91,7 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
             half=dtype is torch.float16,
             normaliser=None if kind == "softmax" else normaliser,
             sinks=sinks,
+            keys=next((n for n, a in zip(shape_of(weights), index, strict=True) if a == J), ONE),
         )
         if kind == "pointwise" and not (
             isinstance(made, Site) and all(is_data(x.node) for x in (made.q, made.k, made.v))

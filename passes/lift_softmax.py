@@ -6,10 +6,11 @@ import torch
 from torch.fx import Node
 
 from attncomp import polynomial
-from attncomp.expr import ONE, Const, Expr, Weight, add, axes_of, loads_of, op, sub, substitute
+from attncomp.expr import ONE, ZERO, Const, Expr, Load, Weight, add, axes_of, loads_of, op, sub, substitute
 from attncomp.passes.axes import Axes, split_merged
 from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
 from attncomp.passes.distribute import DISTRIBUTED
+from attncomp.passes.join import Part, joined
 from attncomp.passes.nodes import Index, argument, name_of, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.scores import site_of_program
@@ -82,6 +83,11 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
     if escape is not None:
         reason = f"the attention weights are also used by {escape.name}: they must exist as a tensor"
         return [Rejection("weights-escape", reason)]
+    total = _total(consumers)
+    if total is not None:
+        made = attempted(_lift_parts(graph, softmax, consumers, total, path))
+        if isinstance(made, Site):
+            return [made]
     found: list[Site | Missed | Rejection] = []
     for output in consumers:
         made = attempted(_lift_product(graph, softmax, output, path))
@@ -128,10 +134,13 @@ def _lift_product(graph: torch.fx.GraphModule, softmax: Node, output: Node, path
     if columns == ONE:
         yield Rejection("single-key", "a softmax over one key is 1: there is nothing to choose")
     if "j" not in axes_of(index[dim]):
-        yield Rejection(
-            "softmax-axis",
-            f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over",
+        reason = (
+            f"the softmax normalises dim {dim} of {len(index)}, which is not the axis that the values are summed over"
         )
+        mixed = [n for n, a in enumerate(index) if "j" in axes_of(a)]
+        if mixed and index[-1] not in axes.index and mixed[0] < len(index) - 2:
+            reason += ": weights of several heads are mixed, and all of them must exist"
+        yield Rejection("softmax-axis", reason)
     if any("j" in axes_of(a) for n, a in enumerate(index) if n != dim):
         yield Rejection(
             "weights-layout",
@@ -162,6 +171,93 @@ def _lift_product(graph: torch.fx.GraphModule, softmax: Node, output: Node, path
         half=half,
         sinks=sinks,
         columns=columns,
+        keys=sub(columns, Const(len(sinks))),
+    )
+
+
+def _total(products: list[Node]) -> Node | None:
+    """The node that adds several products, which nothing else reads; else None."""
+    nodes = list(products)
+    while len(nodes) > 1:
+        users = [next(iter(n.users)) if len(n.users) == 1 else None for n in nodes]
+        for user in users:
+            if user is None or name_of(user) != "add" or argument(user, 2, "alpha", 1) != 1:
+                continue
+            terms = [t for t in user.args[:2] if isinstance(t, Node) and t in nodes]
+            if len(set(terms)) != 2 or any(value_of(t).shape != value_of(user).shape for t in terms):
+                continue
+            nodes = [n for n in nodes if n not in terms] + [user]
+            break
+        else:
+            return None
+    return nodes[0] if len(products) > 1 else None
+
+
+def _lift_parts(
+    graph: torch.fx.GraphModule, softmax: Node, products: list[Node], total: Node, path: set[Node]
+) -> Attempt:
+    """One attention whose values come in parts: ``w[..., :n] @ v1 + w[..., n:] @ v2``."""
+    source = softmax.args[0]
+    assert isinstance(source, Node)
+    axes = Axes.of_output(total)
+    dim = argument(softmax, 1, "dim") % value_of(softmax).dim()
+    parts: list[Part] = []
+    common: Index = ()
+    rates = set()
+    for output in products:
+        size = from_symint(summed_size(output))
+        reader = Reader(graph, {**axes.extents, "j": size}, narrowest=value_of(total).dtype)
+        product = contract(output, axes.index, J)
+        sides = ((product.left, product.left_index), (product.right, product.right_index))
+        mine = [n for n, (node, _) in enumerate(sides) if node is softmax or node in path]
+        if len(mine) != 1:
+            yield Rejection("weights-unclear", "both operands of the second product depend on the softmax")
+        rate, weight = _through_dropout(reader, reader.at(*sides[mine[0]]), path)
+        rates.add(rate)
+        if not (isinstance(weight, Load) and weight.tensor == softmax.name):
+            yield Rejection("weights-changed", "parts of the weights are changed before they meet values")
+        assert isinstance(weight, Load)
+        start = sub(weight.index[dim], J)
+        index = (*weight.index[:dim], J, *weight.index[dim + 1 :])
+        if axes_of(start) or (common and index != common) or sum("j" in axes_of(a) for a in index) != 1:
+            yield Rejection("weights-layout", f"the weights are read at ({', '.join(map(str, weight.index))})")
+        common = index
+        parts.append(Part(sides[1 - mine[0]], start, size))
+    first = min((polynomial.constant(p.start) or 0 for p in parts), default=0)
+    parts = [Part(p.read, sub(p.start, Const(first)), p.size) for p in parts]
+    extents = axes.extents
+    extents["j"] = ZERO
+    for p in parts:
+        extents["j"] = add(extents["j"], p.size)
+    reader = Reader(graph, extents, narrowest=value_of(total).dtype)
+    used = {n for a in common for n in axes_of(a)}
+    widths = {n for p in parts for a in p.read[1] for n in axes_of(a)} - used
+    if len(widths) != 1 or len(rates) != 1 or set(path) & reader.no_grad:
+        yield Rejection("value-layout", f"{len(widths)} axes of the output come from the values alone; one is needed")
+    values = joined(reader, parts, next(iter(widths)), total)
+    if values is None:
+        yield Rejection("value-layout", "the parts of the values do not make one tensor")
+    assert values is not None
+    columns = shape_of(softmax)[dim]
+    index = (*common[:dim], add(J, Const(first)), *common[dim + 1 :])
+    sinks = _sinks(reader, source, index, dim, columns)
+    if isinstance(sinks, Rejection):
+        yield sinks
+    assert not isinstance(sinks, Rejection)
+    yield site_of_program(
+        reader,
+        "softmax",
+        softmax,
+        total,
+        axes,
+        reader.at(source, index),
+        Weight(),
+        *values,
+        dropout=rates.pop(),
+        half=value_of(source).dtype is torch.float16,
+        sinks=sinks,
+        columns=columns,
+        keys=sub(columns, Const(len(sinks))),
     )
 
 

@@ -154,6 +154,11 @@ def may_be_low(program: Expr, outside: Callable[[str], bool]) -> bool:
     """
     if any(isinstance(x, Const) and x.kind == "float" and abs(x.value) >= HUGE for x in walk(program)):
         return True
+    return may_add_masks(program, outside)
+
+
+def may_add_masks(program: Expr, outside: Callable[[str], bool]) -> bool:
+    """Whether a captured tensor is added that may hold masks; outside: as in `may_be_low`."""
     return any(isinstance(a, Load) and a.of == "float" and outside(a.tensor) for a in _addends(program))
 
 

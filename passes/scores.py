@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from attncomp.expr import Const, Expr, add, axes_of, loads_of, maximum, minimum, op, sub
+from attncomp import polynomial
+from attncomp.expr import Const, Expr, Load, add, axes_of, loads_of, maximum, minimum, op, sub
+from attncomp.passes.access import Read
 from attncomp.passes.assemble import assemble
 from attncomp.passes.axes import Axes
 from attncomp.passes.contraction import contract, is_contraction, summed_size
+from attncomp.passes.join import JoinedScores, joined_scores
 from attncomp.passes.mask import may_be_minus_infinity, split_mask
-from attncomp.passes.nodes import Index, value_of
+from attncomp.passes.nodes import Index, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.shift import without_shift
 from attncomp.passes.site import Site
@@ -36,27 +39,25 @@ def site_of_program(
     normaliser: Normaliser | None = None,
     sinks: Sequence[Expr] = (),
     columns: Expr | None = None,
+    keys: Expr | None = None,
 ) -> Site | Rejection:
     """The site of a program that still loads the first contraction, which is found here with its operands.
 
     sinks: logits of columns of a softmax that meet no values. columns: how many it has, with the keys.
+    keys: how many the scores are for, as their own tensor says.
     """
     reasons: list[str] = []
+    whole = joined_scores(reader, program, output) if kind == "softmax" else None
+    candidates = [] if whole is None else [whole]
     for load in loads_of(program):
-        node = reader.nodes.get(load.tensor)
-        if node is None or not is_contraction(node) or "j" not in axes_of(load):
-            continue
-        reader.extents["d"] = from_symint(summed_size(node))
-        scores = contract(node, load.index, D)
-        sides = [(scores.left, scores.left_index), (scores.right, scores.right_index)]
-        keyed = [any("j" in axes_of(a) for a in index) for _, index in sides]
-        if keyed[0] == keyed[1]:
-            reasons.append(f"{load.tensor}: both operands vary with the key")
-            continue
-        key, query = (sides[0], sides[1]) if keyed[0] else (sides[1], sides[0])
-        if any(d == Const(0) and value_of(n).shape[p] != 1 for n, ix in sides for p, d in enumerate(ix)):
-            reasons.append(f"{load.tensor}: read at a fixed index")
-            continue
+        found = _contracted(reader, load, keys)
+        if isinstance(found, Rejection):
+            reasons.append(str(found))
+        elif found is not None:
+            candidates.append(JoinedScores(program, load, *found))
+    for c in candidates:
+        program, load = c.program, c.score
+        reader.extents["d"] = from_symint(summed_size(reader.nodes[load.tensor]))
         shifted, logits = program, tuple(sinks)
         if kind == "softmax":
             shifted, logits = without_shift(reader, program, load, sinks, columns or reader.extents["j"])
@@ -70,8 +71,8 @@ def site_of_program(
             program=shifted,
             weight=weight,
             sink=_joined(logits),
-            query=query,
-            key=key,
+            query=c.query,
+            key=c.key,
             value=(values, value_index),
             dropout=dropout,
             half=half,
@@ -84,6 +85,27 @@ def site_of_program(
         reasons.append(str(made))
     detail = "; ".join(reasons) if reasons else "no product of queries and keys was found below the scores"
     return Rejection("no-score-contraction", detail)
+
+
+def _contracted(reader: Reader, load: Load, keys: Expr | None) -> tuple[Read, Read] | Rejection | None:
+    """(queries, keys) of a load that is a product of both; None if it is no product over the keys.
+
+    keys: how many there are, where that is known: a product for some of them is not the score.
+    """
+    node = reader.nodes.get(load.tensor)
+    if node is None or not is_contraction(node) or "j" not in axes_of(load):
+        return None
+    sizes = [n for n, a in zip(shape_of(node), load.index, strict=True) if "j" in axes_of(a)]
+    if keys is not None and not all(polynomial.equal(n, keys) for n in sizes):
+        return Rejection(load.tensor, f"a product for {sizes[0]} of {keys} keys")
+    scores = contract(node, load.index, D)
+    sides = ((scores.left, scores.left_index), (scores.right, scores.right_index))
+    keyed = [any("j" in axes_of(a) for a in index) for _, index in sides]
+    if keyed[0] == keyed[1]:
+        return Rejection(load.tensor, "both operands vary with the key")
+    if any(d == Const(0) and value_of(n).shape[p] != 1 for n, ix in sides for p, d in enumerate(ix)):
+        return Rejection(load.tensor, "read at a fixed index")
+    return (sides[1], sides[0]) if keyed[0] else (sides[0], sides[1])
 
 
 def _joined(logits: Sequence[Expr]) -> Expr | None:

@@ -37,7 +37,7 @@ class Program:
     sizes: batch, key heads, query heads per key head, queries, keys, width of q and k, width of v.
     layout: how q, k, v and the output are laid out. grouping: how key heads meet query heads.
     transposed: scores are k qᵀ. steps: what happens to the scores, in order. after: what happens to the weights.
-    axis: the softmax's ("keys", "queries" or "heads"), or None for linear attention.
+    axis: the softmax's ("keys", "queries" or "heads"), or None for linear attention. softmax: how it is written.
     """
 
     sizes: tuple[int, int, int, int, int, int, int]
@@ -53,6 +53,7 @@ class Program:
     after: tuple[str, ...]
     features: str = "none"
     normaliser: str = "none"
+    softmax: str = "softmax"
     seed: int = field(default=0)
 
     @property
@@ -205,7 +206,7 @@ def _run(p: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: I
     keys, queries = (-2, -1) if p.transposed else (-1, -2)
     dim = {"keys": keys, "queries": queries, "heads": 0 if merged else 1}[p.axis]
     wide = torch.promote_types(p.dtype, torch.float32) if p.upcast else None
-    weights = scores.softmax(dim, dtype=wide).to(p.dtype)
+    weights = _softmax(p.softmax, scores if wide is None else scores.to(wide), dim).to(p.dtype)
     for name in p.after:
         if name == "dropout":
             weights = F.dropout(weights, 0.0, training=True)
@@ -225,6 +226,20 @@ def _run(p: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: I
         out = out + weights.transpose(-1, -2).sum(-1).sum(-1, keepdim=True).unsqueeze(-1)
     out = _back(p, out, grouped)
     return (out, weights) if "escape" in p.after else out
+
+
+def _softmax(how: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
+    if how == "log":
+        return scores.log_softmax(dim).exp()
+    if how == "shifted":
+        return (scores - scores.amax(dim, keepdim=True)).softmax(dim)
+    if how == "written":
+        e = (scores - scores.amax(dim, keepdim=True).detach()).exp()
+        return e / e.sum(dim, keepdim=True)
+    if how == "sink":
+        sink = torch.full_like(scores.narrow(dim, 0, 1), 0.3)
+        return torch.cat([scores, sink], dim).softmax(dim).narrow(dim, 0, scores.shape[dim])
+    return scores.softmax(dim)
 
 
 def _heads_first(p: Program, *operands: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -502,5 +517,6 @@ def programs(draw: st.DrawFn, odd: bool = True) -> Program:
         after=after,
         features=draw(st.sampled_from(["none", "elu", "relu", "exp"])) if linear else "none",
         normaliser=draw(st.sampled_from(["none", "none", "weights", "after"])) if linear else "none",
+        softmax=draw(st.sampled_from(["softmax"] * 6 + ["log", "shifted", "written", "sink"])),
         seed=draw(st.integers(0, 1000)),
     )
