@@ -23,6 +23,7 @@ from attncomp.passes.anchors import marks
 from attncomp.passes.autocast import explicit_casts, with_regions
 from attncomp.passes.capture_parts import capture_parts
 from attncomp.passes.fast_paths import FAST_PATHS
+from attncomp.passes.inference_mode import without_inference_mode
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
@@ -75,7 +76,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined
-    original, dynamo_graph = dynamo_graph, with_regions(inlined.graph)
+    original, dynamo_graph = dynamo_graph, without_inference_mode(with_regions(inlined.graph))
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     depth = functorch_depth()
     try:
