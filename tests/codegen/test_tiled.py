@@ -69,6 +69,7 @@ _QUICK = {
     "gate_learned",
     "sum",
     "symbolic",
+    "proven_image",
 }
 _TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 

@@ -30,10 +30,12 @@ from attncomp.expr import (
     mod,
     mul,
     op,
+    or_,
     sub,
     to_float,
     where,
 )
+from attncomp.passes.prove import prove
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, plain_spec
 
@@ -90,6 +92,16 @@ def _window(spec: AttentionSpec, left: int, right: int) -> MaskProof:
         maximum(sub(J, Const(right)), ZERO),
         minimum(add(J, Const(left + 1)), spec.size("i")),
     )
+
+
+def _near(query: Expr, key: Expr, length: int, half: int) -> Expr:
+    """A window of 2 * half + 1 keys around the query, shifted at the borders."""
+    centre = minimum(maximum(query, Const(half)), Const(length - 1 - half))
+    return le(op("abs", sub(key, centre)), Const(half))
+
+
+def _columns(width: int) -> tuple[Expr, Expr]:
+    return mod(I, Const(width)), mod(J, Const(width))
 
 
 def _scaled(width: int) -> Expr:
@@ -266,6 +278,15 @@ def _build() -> tuple[Case, ...]:
     )
     stripe = eq(mod(floordiv(sub(I, J), Const(4)), Const(2)), ZERO)
     case("stripes", tested_causal(stripe), mask=and_(causal, stripe))
+    proven = {  # ranges as the prover gives them: clamps, choices, blocks, and rests that are tested
+        "neighbourhood": _near(I, J, LENGTH, 3),
+        "image": and_(_near(floordiv(I, Const(8)), floordiv(J, Const(8)), 5, 1), _near(*_columns(8), 8, 1)),
+        "neighbours": le(op("abs", sub(floordiv(J, Const(8)), floordiv(I, Const(8)))), ONE),
+        "frames": and_(ge(floordiv(I, Const(8)), floordiv(J, Const(8))), eq(*_columns(8))),
+        "local_or_summary": and_(causal, or_(lt(sub(I, J), Const(6)), eq(mod(J, Const(8)), Const(7)))),
+    }
+    for name, mask in proven.items():
+        case(f"proven_{name}", lambda s: prove(s.mask, s.extents), mask=mask)
     t = Size("s7")
     spec = plain_spec(**{**base, "mask": lt(J, add(I, ONE))})
     b = Size("s2")
