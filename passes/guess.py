@@ -6,6 +6,7 @@ simpler mask is found, with the predicates over the captured tensors under which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,8 +81,11 @@ class Values:
                 return None
             stack.extend(current.all_input_nodes)
         given = {n: self.inputs[n] for n in needed if n.op == "placeholder" and isinstance(value_of(n), torch.Tensor)}
-        with _disable_current_modes(), torch.no_grad():
-            (value,) = values_at(self.graph, [node], given)
+        try:
+            with _disable_current_modes(), torch.no_grad():
+                (value,) = values_at(self.graph, [node], given)
+        except Exception:  # what can't be run while compiling has no case
+            return None
         return value if isinstance(value, torch.Tensor) else None
 
     def _cheap(self, node: Node) -> bool:
@@ -141,15 +145,11 @@ def with_cases(site: Site, values: Values, sizes: Mapping[str, int], extents: Ma
 def _case_of(part: Expr, grid: Grid, extents: Mapping[str, Expr]) -> tuple[Expr, tuple[Expr, ...]] | None:
     """(a predicate without data, what makes `part` equal to it where it holds for all indices); so on the grid."""
     for mask, when in ((TRUE, _everywhere(part, extents)), *_alternatives(part)):
-        if all(bool(evaluate_tensor(e, grid).all()) for e in when):
+        if all(_elements(e, grid) <= MOST_ELEMENTS and bool(evaluate_tensor(e, grid).all()) for e in when):
             return mask, when
     if not {"i", "j"} <= axes_of(part):  # a number of this call, such as how full a cache is
         return None
-    elements = 1
-    for a in axes_of(part):
-        start, stop = grid.axes[a]
-        elements *= stop - start
-    if elements > MOST_ELEMENTS:
+    if _elements(part, grid) > MOST_ELEMENTS:
         return None
     table = evaluate_tensor(part, grid)
     first = table[:1, :1]
@@ -160,6 +160,10 @@ def _case_of(part: Expr, grid: Grid, extents: Mapping[str, Expr]) -> tuple[Expr,
     if found is None:
         return None
     return found, (eq(part, found),)
+
+
+def _elements(e: Expr, grid: Grid) -> int:
+    return math.prod(grid.axes[a][1] - grid.axes[a][0] for a in axes_of(e))
 
 
 def _everywhere(part: Expr, extents: Mapping[str, Expr]) -> tuple[Expr, ...]:
