@@ -250,3 +250,17 @@ def test_quantised_linear_layers(linear: type[EightBit]) -> None:
     torch.manual_seed(0)
     made = agree(Model(linear), inputs(), forward=1e-5 if linear is EightBit else 1e-2)
     assert made.verdicts == [CAUSAL, CAUSAL]
+
+
+def test_weights_that_are_tensor_subclasses_leave_the_graph_whole(model: Model) -> None:
+    """torchao's weights and DTensors are such; torch's tracer does not take them."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    for name in ("project", "out"):
+        layer = getattr(model.first, name)
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        result, expected = compiled(model)(inputs()), model(inputs())
+    torch.testing.assert_close(getattr(result, "a", result), expected.a, rtol=1e-5, atol=1e-5)
+    (reason,) = verdicts()
+    assert "subclass" in reason
