@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import coverage, coverage_graphs, coverage_modes, coverage_report, linear, measure, models, zoo
+from benchmarks import (
+    analysis,
+    coverage,
+    coverage_graphs,
+    coverage_modes,
+    coverage_report,
+    linear,
+    measure,
+    models,
+    zoo,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,3 +219,19 @@ def test_disagreement_is_no_coverage() -> None:
     assert "| 0 of 1 (0.0%) |" in coverage_report.render([row | {"error": 1e-3}])
     assert coverage_modes.difference([torch.ones(2)], [torch.tensor([1.0, math.nan])]) == math.inf
     assert coverage_modes.difference([torch.ones(2)], [torch.ones(3)]) == math.inf
+
+
+def test_analysis_stages() -> None:
+    found = analysis.one("analysis", "eager", "static", "inference", 4)
+    assert (found["sites"], found["rewritten"]) == (4, 4)
+    assert all(found[stage] > 0 for stage in ("capture", "lift", "choose", "lower"))
+
+
+@pytest.mark.slow
+def test_analysis(capsys: pytest.CaptureFixture[str]) -> None:
+    analysis.main(["--layers", "2", "--only", "eager static inference"])
+    head, row = rows(capsys.readouterr().out)
+    cells = dict(zip(head, row, strict=True))
+    assert cells["sites rewritten"] == "2 of 2"
+    assert 0 < float(cells["capture s"]) < float(cells["analysis s"])
+    assert float(cells["inductor s"]) > 0

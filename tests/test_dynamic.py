@@ -1,0 +1,101 @@
+"""Run-time sizes: one compilation serves every length, and no size that a user marked dynamic becomes a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import attncomp
+
+OPTIONS: dict[str, Any] = {"policy": {"version": 1, "defaults": {"min_speedup": 0}}, "executor": "eager"}
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Queries stand at the end of the keys, as when tokens are appended to a cache."""
+    keys = torch.arange(k.shape[2])
+    queries = keys[-q.shape[2] :] if q.shape[2] < k.shape[2] else keys
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    out: torch.Tensor = scores.masked_fill(keys > queries[:, None], float("-inf")).softmax(-1) @ v
+    return out
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(x.shape[2])
+    scores = (x @ x.mT) * x.shape[-1] ** -0.5
+    out: torch.Tensor = scores.masked_fill(positions > positions[:, None], float("-inf")).softmax(-1) @ x
+    return out
+
+
+def compiled(f: Callable[..., Any], **kwargs: Any) -> Any:
+    return torch.compile(f, backend="attncomp", options=OPTIONS, **kwargs)
+
+
+def check(f: Callable[..., Any], made: Any, *shapes: tuple[int, ...]) -> None:
+    """Outputs and gradients as in eager mode."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wanted = f(*inputs)
+    grads = torch.autograd.grad(wanted.square().sum(), inputs)
+    found = made(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), inputs), grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_one_compilation_serves_lengths_2_to_4096() -> None:
+    made = compiled(square, dynamic=True)
+    before = len(attncomp.reports())
+    for length in (48, 2, 17, 256, 1000):
+        check(square, made, (1, 2, length, 8))
+    with torch.no_grad():  # without gradients is another compilation, which serves all lengths again
+        for length in (4096, 31):
+            x = torch.randn(1, 2, length, 8)
+            torch.testing.assert_close(made(x), square(x), rtol=1e-4, atol=1e-5)
+    reports = attncomp.reports()[before:]
+    assert len(reports) == 2
+    assert [(s.verdict, s.mask) for r in reports for s in r.sites] == [("rewritten", "causal")] * 2
+
+
+@pytest.mark.parametrize("dims", [(2,), (0, 2)])
+def test_marked_sizes_stay_dynamic(dims: tuple[int, ...]) -> None:
+    """`mark_dynamic` makes torch raise if anything, attncomp included, turns the size into a constant."""
+    made = compiled(square)
+    before = len(attncomp.reports())
+    for batch, length in ((2, 12), (3, 40)) if 0 in dims else ((2, 12), (2, 40)):
+        x = torch.randn(batch, 2, length, 8)
+        for d in dims:
+            torch._dynamo.mark_dynamic(x, d)
+        torch.testing.assert_close(made(x), square(x), rtol=1e-4, atol=1e-5)
+    (report,) = attncomp.reports()[before:]
+    assert [s.verdict for s in report.sites] == ["rewritten"]
+
+
+def test_dynamic_batch_and_a_batch_of_one() -> None:
+    made = compiled(square, dynamic=True)
+    before = len(attncomp.reports())
+    for batch in (3, 2, 5):
+        check(square, made, (batch, 2, 20, 8))
+    assert len(attncomp.reports()) == before + 1
+    check(square, made, (1, 2, 20, 8))  # torch specialises a size of 1: one more, and no third
+    check(square, made, (1, 2, 33, 8))
+    assert len(attncomp.reports()) <= before + 2
+
+
+def test_tokens_appended_to_a_long_cache() -> None:
+    """Speculative decoding: 2 to 64 queries against the keys of a cache, in one compilation."""
+    made = compiled(causal, dynamic=True)
+    before = len(attncomp.reports())
+    for queries, keys in ((9, 120), (2, 77), (64, 500), (5, 6)):  # 8 would be taken for the head's width
+        check(causal, made, (1, 2, queries, 8), (1, 2, keys, 8), (1, 2, keys, 8))
+    (report,) = attncomp.reports()[before:]
+    assert [s.verdict for s in report.sites] == ["rewritten"]
+
+
+def test_heads_known_at_run_time() -> None:
+    made = compiled(square, dynamic=True)
+    before = len(attncomp.reports())
+    for heads in (4, 6, 3):
+        check(square, made, (2, heads, 20, 8))
+    assert len(attncomp.reports()) == before + 1
