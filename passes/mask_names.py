@@ -50,6 +50,11 @@ def _paired(names: Sequence[Name]) -> list[Name]:
         other = [m.side[1] for m in names if m.side is not None and m.side[0] == centre and m.side[2] != upper]
         width = (offset - other[0] if upper else other[0] - offset) + 1 if other else None
         rest.append(Name(n.rank, n.text if width is None else n.text.replace("range", f"neighbourhood({width})", 1)))
+    for n in list(rest):  # the blocks up to the query's own and from it on: its own
+        size = n.text.removeprefix("block_causal(").removesuffix(")")
+        after = [m for m in rest if m.text == f"block_window({size}, 1)"]
+        if n.text == f"block_causal({size})" and after:
+            rest = [m for m in rest if m not in (n, *after)] + [Name(2, f"chunk({size})")]
     return rest
 
 

@@ -119,6 +119,7 @@ NAMED: list[tuple[Expr, str]] = [
     (ge(floordiv(I, c(4)), floordiv(J, c(4))), "block_causal(4)"),
     (le(floordiv(J, c(4)), floordiv(I, c(4))), "block_causal(4)"),
     (le(op("abs", sub(floordiv(J, c(4)), floordiv(I, c(4)))), c(1)), "block_causal(4, 1) & block_window(4, 2)"),
+    (and_(ge(floordiv(I, c(4)), floordiv(J, c(4))), le(floordiv(I, c(4)), floordiv(J, c(4)))), "chunk(4)"),
     (lt(J, c(3)), "prefix(3)"),
     (ge(J, c(3)), "suffix(3)"),
     (or_(CAUSAL, lt(J, c(3))), "prefix(3)"),
