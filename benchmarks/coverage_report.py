@@ -63,6 +63,7 @@ def render(rows: Sequence[Row]) -> str:
         _models(rows, modes),
         "\n## Model types that are not in the sweep\n",
         _not_built(rows),
+        OTHERS,
     ]
     return "\n".join(parts) + "\n"
 
@@ -75,6 +76,15 @@ arithmetic that a kernel can evaluate or skip by; with *dense*, a part of the ma
 REASONS = """\
 Every site that was kept, by reason. *More* are sites that attncomp reports and that are not attention by the definition
 above.
+"""
+
+OTHERS = """
+## Other libraries
+
+Diffusion transformers of diffusers (`diffusers.CLASS` above) run in the same sweep where the library is installed; it
+needs no other package than importlib_metadata and pillow. Models of timm, and those of transformers that have a timm
+backbone, are left out: timm needs torchvision's operators, and torchvision's wheels, made for CUDA, do not load them
+beside a CPU build of torch. On a CPU, `flex_attention` has no backward, so its rows are for inference.
 """
 
 LEGEND = """\
