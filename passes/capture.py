@@ -30,6 +30,7 @@ from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.opaque import opaque, restore
 from attncomp.passes.vmapped import Segment
 from attncomp.passes.vmaps import functorch_depth, leave_functorch, without_vmap
+from attncomp.passes.writes import explicit_writes
 from attncomp.variant import Rejection
 
 log = logging.getLogger("attncomp")
@@ -92,6 +93,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         )
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
         _read_from_copies(graph, set(targets.values()))
+    explicit_writes(graph)
     explicit_casts(graph)
     problem = _write_back(graph, targets)
     if problem is not None:

@@ -1400,3 +1400,17 @@ def test_a_router_has_no_site() -> None:
         return torch.einsum("te,ted->td", weights, torch.einsum("td,edf->tef", x, experts))
 
     agree(f, *(torch.randn(s, requires_grad=True) for s in ((10, 8), (8, 4), (4, 8, 8))))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_writes_into_parts_of_a_tensor_have_gradients(dynamic: bool) -> None:
+    """Rotation by strided writes: copies without a derivative in a functional graph."""
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        y[..., 0::2] = x[..., 1::2] * w
+        y[..., 1::2] = x[..., :1].double()  # another dtype and shape
+        return torch.softmax(y @ y.mT, -1) @ x
+
+    found = agree(f, torch.randn(2, 6, 8, requires_grad=True), torch.randn(4, requires_grad=True), dynamic=dynamic)
+    assert found.verdicts == ["softmax rewritten mask=none"]
