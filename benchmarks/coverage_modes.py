@@ -114,8 +114,23 @@ def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
     if row["status"] == "ran" and not max(row["error"], row.get("gradient_error", 0.0)) <= 1e-5:
         model.load_state_dict(state)
         row["without"] = without_attncomp(model, built.inputs, mode, expected)
+        model.load_state_dict(state)
+        near = _run(model, perturbed(built.inputs), mode.training)
+        row["perturbed"] = max(difference(a, b) for a, b in zip(expected, near, strict=True))
     model.load_state_dict(state)
     return row
+
+
+def perturbed(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs changed by about one rounding: what eager mode makes of it is how well a model is conditioned."""
+    generator = torch.Generator().manual_seed(2)
+
+    def near(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator).to(x.dtype))
+
+    return {name: near(x) for name, x in inputs.items()}
 
 
 def without_attncomp(

@@ -216,12 +216,17 @@ def _troubles(rows: Sequence[Row]) -> str:
             alone = r.get("without")
             dynamo = f"; without attncomp {alone:.1e}" if isinstance(alone, float) and alone > FORWARD else ""
             lines.append(
-                f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{second}{gradients}{noise}{dynamo}"
+                f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{second}{gradients}{noise}{dynamo}{_conditioning(r)}"
             )
         elif r["status"] in ("failed", "crashed"):
             why = " ".join(r["why"].split())[:200]
             lines.append(f"- {r['model']}, {r['mode']}: {r['status']}: {why}")
     return "\n".join(lines) if lines else "None."
+
+
+def _conditioning(row: Row) -> str:
+    given = row.get("perturbed")
+    return f"; eager mode differs by {given:.1e} if its inputs change by one rounding" if given is not None else ""
 
 
 def _not_compiled(rows: Sequence[Row]) -> str:
