@@ -215,9 +215,8 @@ def _troubles(rows: Sequence[Row]) -> str:
             gradients = f", gradients {r['gradient_error']:.1e}" if "gradient_error" in r else ""
             alone = r.get("without")
             dynamo = f"; without attncomp {alone:.1e}" if isinstance(alone, float) and alone > FORWARD else ""
-            lines.append(
-                f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{second}{gradients}{noise}{dynamo}{_conditioning(r)}"
-            )
+            more = f"{second}{gradients}{noise}{dynamo}{_conditioning(r)}"
+            lines.append(f"- {r['model']}, {r['mode']}: outputs differ by {r['error']:.1e}{more}")
         elif r["status"] in ("failed", "crashed"):
             why = " ".join(r["why"].split())[:200]
             lines.append(f"- {r['model']}, {r['mode']}: {r['status']}: {why}")
