@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 _NORMALISERS = ("softmax", "attention", "sigmoid", "exp", "relu")
@@ -31,8 +32,18 @@ def may_hold_attention(graph: GraphModule) -> bool:
         name = called(node)
         if any(part in name for part in ("attention", "attend", "transformer_encoder")):
             return True
-        contractions += any(part in name for part in _CONTRACTIONS)
+        contractions += any(part in name for part in _CONTRACTIONS) or ("linear" in name and _computed(node))
     return contractions >= 2
+
+
+def _computed(node: Node) -> bool:
+    """Whether a linear layer's weight is computed in the graph: then it is a product of two tensors like any other."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return not isinstance(weight, Node) or weight.op != "placeholder" or not _is_parameter(weight)
+
+
+def _is_parameter(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value", node.meta.get("val")), torch.nn.Parameter)
 
 
 def called(node: Node) -> str:
