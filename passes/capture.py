@@ -93,11 +93,11 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         )
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
         _read_from_copies(graph, set(targets.values()))
-    explicit_writes(graph)
     explicit_casts(graph)
     problem = _write_back(graph, targets)
     if problem is not None:
         return problem
+    explicit_writes(graph)  # after the mutations, which are told by the names of their nodes
     for node in list(graph.graph.nodes):
         if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
             graph.graph.erase_node(node)
