@@ -22,18 +22,17 @@ ATTENTION, SHAPES, MODES = ("eager", "sdpa"), ("static", "dynamic"), ("inference
 
 
 def model(attention: str, layers: int) -> Any:
-    import transformers
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = transformers.LlamaConfig(
+    config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation=attention,
     )
-    return transformers.LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 def one(what: str, attention: str, shapes: str, mode: str, layers: int) -> dict[str, float]:
@@ -62,12 +61,12 @@ def one(what: str, attention: str, shapes: str, mode: str, layers: int) -> dict[
     training = mode == "training"
     built = model(attention, layers).train(training)
     backend = analysis if what == "analysis" else inductor
-    made = torch.compile(built, backend=backend, dynamic=True if shapes == "dynamic" else None)
+    made: Any = torch.compile(built, backend=backend, dynamic=True if shapes == "dynamic" else None)
     with contextlib.nullcontext() if training else torch.no_grad():
         out = made(input_ids=torch.randint(0, 128, (2, 64)), use_cache=False).logits
     if training and what == "inductor":
         start = time.perf_counter()
-        out.sum().backward()  # its first call compiles
+        torch.autograd.backward(out.sum())  # its first call compiles
         found["inductor"] += time.perf_counter() - start
     return found
 
