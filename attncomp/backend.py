@@ -203,4 +203,6 @@ def forget_warnings() -> Any:
         _warned.update(saved)
 
 
+# A compiled module asks its backend for the settings it was compiled with (`OptimizedModule.get_compiler_config`); they
+# are inductor's. A function's type has no such attribute.
 attncomp.get_compiler_config = lambda: torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]

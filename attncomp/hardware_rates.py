@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device, synchronize: Callable
     best = 0.0
     for size in (128, 256, 512, 1024) if synchronize is None else (1024, 4096, 8192):
         square = torch.ones(size, size, dtype=dtype, device=device)
-        taken = _best_seconds(lambda x=square: x @ x, 0.01, synchronize)  # type: ignore[misc]
+        taken = _best_seconds(partial(torch.matmul, square, square), 0.01, synchronize)
         before, best = best, max(best, 2 * size**3 / taken)
         if taken > 2e-3 or best < 1.1 * before:
             break

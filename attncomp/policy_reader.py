@@ -17,7 +17,7 @@ from attncomp.errors import PolicyError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]  # installed where tomllib is not
 
 KeyPath = tuple["str | int", ...]
 

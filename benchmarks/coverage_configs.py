@@ -6,6 +6,7 @@ configurations call them, in nested configurations too. `LEVELS` are tried in tu
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -257,10 +258,8 @@ def _last_stage(config: Any) -> None:
     if wanted > len(chosen):
         chosen = sorted((chosen * wanted)[:wanted])
     _set(config, "stage_names", names)
-    try:
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # no backbone, or its stages are fixed
         config.set_output_features_output_indices(out_features=None, out_indices=chosen)
-    except Exception:
-        return
 
 
 def _cut_images(config: Any, values: dict[str, Any]) -> None:

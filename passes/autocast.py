@@ -164,7 +164,7 @@ class _Log(TorchDispatchMode):
     """What is dispatched: operators with the dtypes of their operands; and which tensors are cast, to what."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: list[Any] = []
         self.sources: list[int | None] = []
         self.casts: dict[int, torch.dtype] = {}

@@ -87,7 +87,7 @@ def _function_of(segment: Segment) -> tuple[Node, tuple[Node, ...]] | None:
     while called(node) == "_remove_batch_dim" and isinstance(node.args[0], Node):
         node, levels = node.args[0], levels + 1
     begins = {n.args[2]: n for n in segment.nodes if called(n) == "_add_batch_dim"}
-    if levels != 4 or sorted(begins) != [1, 2, 3, 4]:  # type: ignore[type-var]
+    if levels != 4 or set(begins) != {1, 2, 3, 4}:
         return None
     if sum(called(n) == "_add_batch_dim" for n in segment.nodes) != 4 or any(n.args[1] != 0 for n in begins.values()):
         return None

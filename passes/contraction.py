@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.expr import ZERO, Expr
-from attncomp.passes.nodes import Index, name_of, value_of
+from attncomp.passes.nodes import Index, argument, name_of, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def _linear(node: Node) -> tuple[Node, Node, str, str, str] | None:
 
 def _summed_product(node: Node) -> tuple[Node, Node, str, str, str] | None:
     """``(x * y).sum(d)``, where both vary along d."""
-    product, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
+    product, dims = node.args[0], argument(node, 1, "dim")
     if not (isinstance(product, Node) and isinstance(dims, list | tuple) and len(dims) == 1):
         return None
     if name_of(product) != "mul" or not value_of(node).dtype.is_floating_point:
@@ -144,7 +144,7 @@ def _summed_product(node: Node) -> tuple[Node, Node, str, str, str] | None:
     if rank > len(string.ascii_lowercase):
         return None
     labels = string.ascii_lowercase[:rank]
-    d = int(dims[0]) % rank  # type: ignore[arg-type]
+    d = int(dims[0]) % rank
     left, right = (labels[rank - value_of(a).dim() :] for a in (x, y))
     for operand, its in ((x, left), (y, right)):
         if labels[d] not in its:

@@ -134,7 +134,8 @@ class _Copy:
         return None
 
     def _operator(self, node: Node, env: dict[Node, Any], inside: tuple[int, ...]) -> Any | Rejection:
-        name = str(node.target.name())  # type: ignore[union-attr]
+        operator: Any = node.target
+        name = str(operator.name())
         args: Any = torch.fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
         if name == "tag_activation_checkpoint":

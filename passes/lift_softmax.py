@@ -313,7 +313,7 @@ def _through_dropout(reader: Reader, weight: Expr, path: set[Node]) -> tuple[flo
     for load in loads_of(weight):
         node = reader.nodes.get(load.tensor)
         if node is not None and node in path and name_of(node) == "dropout":
-            rate = float(node.args[1])  # type: ignore[arg-type]
+            rate = float(argument(node, 1, "p"))
             source = node.args[0]
             assert isinstance(source, Node)
             p = 1.0 - (1.0 - p) * (1.0 - rate)

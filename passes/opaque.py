@@ -56,10 +56,10 @@ class Kept:
 
 class _Opaque(HigherOrderOperator):
     def __init__(self) -> None:
-        super().__init__("attncomp_opaque")  # type: ignore[no-untyped-call]
+        super().__init__("attncomp_opaque")  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def __call__(self, results: Any, number: int, *operands: Any) -> Any:
-        return super().__call__(results, number, *operands)  # type: ignore[no-untyped-call]
+        return super().__call__(results, number, *operands)  # type: ignore[no-untyped-call]  # as above
 
 
 class Results:

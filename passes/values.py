@@ -88,8 +88,8 @@ def _triangle(lower: bool) -> Rule:
 
 
 def _cat(reader: Reader, node: Node, index: Index) -> Expr | None:
-    tensors = node.args[0]
-    return _joined(reader, tensors, dimension(int(argument(node, 1, "dim", 0)), len(index)), index)  # type: ignore[arg-type]
+    d = dimension(int(argument(node, 1, "dim", 0)), len(index))
+    return _joined(reader, argument(node, 0, "tensors"), d, index)
 
 
 def _joined(reader: Reader, tensors: Sequence[Any], d: int, index: Index) -> Expr | None:
@@ -130,11 +130,11 @@ def _diff(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 
 def _stack(reader: Reader, node: Node, index: Index) -> Expr | None:
-    tensors = node.args[0]
+    tensors = argument(node, 0, "tensors")
     d = dimension(int(argument(node, 1, "dim", 0)), len(index))
     inner = index[:d] + index[d + 1 :]
     result: Expr | None = None
-    for n, t in reversed(list(enumerate(tensors))):  # type: ignore[arg-type]
+    for n, t in reversed(list(enumerate(tensors))):
         assert isinstance(t, Node)
         if isinstance(index[d], Const) and index[d] != Const(n):
             continue
@@ -145,7 +145,7 @@ def _stack(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 def _gather_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     """``x[i0, i1, ...]`` with integer index tensors (and None for untouched leading dimensions)."""
-    source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, indices = node.args[0], list(argument(node, 1, "indices"))
     assert isinstance(source, Node)
     rank = value_of(source).dim()
     indices += [None] * (rank - len(indices))
@@ -169,9 +169,9 @@ def _gather_index(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 
 def _index_select(reader: Reader, node: Node, index: Index) -> Expr | None:
-    source, d, indices = node.args[0], node.args[1], node.args[2]
+    source, indices = node.args[0], node.args[2]
     assert isinstance(source, Node)
-    k = dimension(int(d), len(index))  # type: ignore[arg-type]
+    k = dimension(int(argument(node, 1, "dim")), len(index))
     at = reader.operand(indices, (index[k],))
     if at.kind != "int" or not polynomial.at_least(at, 0, reader.extents):
         return None

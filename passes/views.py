@@ -43,25 +43,26 @@ def _transpose(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] |
     if name == "t":
         inner = inner[::-1]
     else:
-        a, b = (-2, -1) if name in ("mT", "adjoint") else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
+        last_two = name in ("mT", "adjoint")
+        a, b = (-2, -1) if last_two else (int(argument(node, 1, "dim0")), int(argument(node, 2, "dim1")))
         a, b = dimension(a, rank), dimension(b, rank)
         inner[a], inner[b] = inner[b], inner[a]
     return source, tuple(inner)
 
 
 def _permute(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
-    source, dims = node.args[0], node.args[1]
+    source = node.args[0]
     assert isinstance(source, Node)
     inner: list[Expr] = [ZERO] * len(index)
-    for position, d in enumerate(dims):  # type: ignore[arg-type]
+    for position, d in enumerate(argument(node, 1, "dims")):
         inner[dimension(int(d), len(index))] = index[position]
     return source, tuple(inner)
 
 
 def _unsqueeze(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
-    source, d = node.args[0], node.args[1]
+    source = node.args[0]
     assert isinstance(source, Node)
-    position = dimension(int(d), len(index))  # type: ignore[arg-type]
+    position = dimension(int(argument(node, 1, "dim")), len(index))
     return source, index[:position] + index[position + 1 :]
 
 
@@ -124,7 +125,7 @@ def _select(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | No
     source = node.args[0]
     assert isinstance(source, Node)
     size = shape_of(source)
-    d = dimension(int(node.args[1]), len(size))  # type: ignore[arg-type]
+    d = dimension(int(argument(node, 1, "dim")), len(size))
     position = reader.scalar(node.args[2])
     if not polynomial.at_least(position, 0, {}):
         position = add(size[d], position)
@@ -159,25 +160,25 @@ def _getitem_of_split(reader: Reader, node: Node, index: Index) -> tuple[Node, I
 
 
 def _flip(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
-    source, dims = node.args[0], node.args[1]
+    source = node.args[0]
     assert isinstance(source, Node)
     inner = list(index)
     size = shape_of(source)
-    for d in dims:  # type: ignore[union-attr]
-        k = dimension(int(d), len(index))  # type: ignore[arg-type]
+    for d in argument(node, 1, "dims"):
+        k = dimension(int(d), len(index))
         inner[k] = sub(sub(size[k], ONE), inner[k])
     return source, tuple(inner)
 
 
 def _roll(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | None:
-    source, shifts = node.args[0], node.args[1]
+    source, shifts = node.args[0], argument(node, 1, "shifts")
     assert isinstance(source, Node)
     dims = argument(node, 2, "dims", ())
     if not dims:
         return None
     inner = list(index)
     size = shape_of(source)
-    for shift, d in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
+    for shift, d in zip(shifts, dims, strict=True):
         k = dimension(int(d), len(index))
         n = polynomial.constant(size[k])
         if n is None or not isinstance(shift, int):
