@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.nodes import called
+
 _NORMALISERS = ("softmax", "attention", "sigmoid", "exp", "relu")
 _PRODUCTS = ("matmul", "bmm", "einsum", "dot", "mm", "mul", "inner", "conv")
 
@@ -12,7 +14,7 @@ _PRODUCTS = ("matmul", "bmm", "einsum", "dot", "mm", "mul", "inner", "conv")
 def marks(graph: GraphModule) -> list[Node]:
     """Nodes of which every attention has one: normalisers; without any, products. In graph order."""
     for names in (("softmax", "attention"), _NORMALISERS, _PRODUCTS):
-        found = [n for n in graph.graph.nodes if any(name in called(n) for name in names)]
+        found = [n for n in graph.graph.nodes if any(name in spellings(n) for name in names)]
         if found:
             return found
     return []
@@ -29,7 +31,7 @@ def may_hold_attention(graph: GraphModule) -> bool:
             continue
         if node.op not in ("call_function", "call_method"):
             return True  # a subgraph or a constant: what reads it is not known by a name
-        name = called(node)
+        name = spellings(node)
         if any(part in name for part in ("attention", "attend", "transformer_encoder")):
             return True
         contractions += any(part in name for part in _CONTRACTIONS) or ("linear" in name and _computed(node))
@@ -46,8 +48,8 @@ def _is_parameter(node: Node) -> bool:
     return isinstance(node.meta.get("example_value", node.meta.get("val")), torch.nn.Parameter)
 
 
-def called(node: Node) -> str:
-    """The name of the function or method that a node calls, in any of torch's spellings."""
+def spellings(node: Node) -> str:
+    """The names of the function or method that a node calls, in all of torch's spellings; empty for other nodes."""
     if node.op not in ("call_function", "call_method"):
         return ""
-    return f"{getattr(node.target, '__name__', '')} {node.target}" if callable(node.target) else str(node.target)
+    return f"{called(node)} {node.target}"

@@ -16,12 +16,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from attncomp.expr import ZERO, Expr
 from attncomp.passes.mods import Body, read_mod
-from attncomp.passes.nodes import is_one, value_of
+from attncomp.passes.nodes import called, is_one, value_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.reader import Reader
 from attncomp.passes.site import location_of
 from attncomp.passes.symbols import hint
-from attncomp.passes.vmapped import Segment, called
+from attncomp.passes.vmapped import Segment
 from attncomp.variant import Rejection
 
 _BUILDERS = ("torch/nn/attention/flex_attention.py", "torch/_functorch/vmap.py", "torch/nn/functional.py")

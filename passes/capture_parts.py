@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from attncomp.passes.anchors import called
+from attncomp.passes.anchors import spellings
 from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.repeats import Range, stretches
 
@@ -100,7 +100,7 @@ def _capture(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Sequence[N
     nodes = [n for n in dynamo_graph.graph.nodes if n.op not in ("placeholder", "output")]
     values = {n: n.meta.get("example_value") for n in (*placeholders, *nodes)}
     for node in nodes:
-        if node.op not in ("call_function", "call_method") or any(part in called(node) for part in _STATE):
+        if node.op not in ("call_function", "call_method") or any(part in spellings(node) for part in _STATE):
             raise _DifferentError(f"{node.op} {node.target}")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise _DifferentError(f"the higher-order operator {node.target}")

@@ -46,6 +46,11 @@ def name_of(node: Node) -> str:
     return "getitem" if target is operator.getitem else ""
 
 
+def called(node: Node) -> str:
+    """The name of the function or method that a node of a Dynamo graph calls; a module's or an input's own name."""
+    return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else str(node.target)
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An operator's argument by position or keyword."""
     if len(node.args) > position:

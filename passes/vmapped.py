@@ -14,15 +14,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from attncomp.passes.nodes import called
 from attncomp.passes.opaque import Results, opaque, writes
 from attncomp.variant import Rejection
 
 _FACTORIES = frozenset(("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty"))
-
-
-def called(node: Node) -> str:
-    """The name of the function or method that a node of a Dynamo graph calls."""
-    return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else str(node.target)
 
 
 def enters(node: Node) -> bool:

@@ -15,7 +15,8 @@ from attncomp.passes.site import Site
 from attncomp.variant import Rejection
 from tests.agreement import agree
 from tests.passes.bruteforce import captured_graph, check_site
-from tests.random_programs import Program, programs
+from tests.random_program_strategy import programs
+from tests.random_programs import Program
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 EVERYWHERE = settings(
