@@ -36,6 +36,9 @@ from attncomp.spec import AttentionSpec, I, J
 
 FORWARD = "tiled_forward.py.jinja"
 
+HOLDS = "holds"
+"""The captured boolean that says whether a kernel with ``when`` among its plan's parameters is the one to run."""
+
 LOG2E = 1.4426950408889634
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -190,6 +193,8 @@ def arguments_of(
     ]
     lengths = tuple(name for name, axis in (("TQ", "i"), ("TK", "j")) if not isinstance(spec.size(axis), Const))
     tensors = (*(t for t in own if t not in by_descriptor), *(t.name for t in captured))
+    if "when" in plan.params:
+        tensors = (*tensors, HOLDS)
     return Arguments(described, tensors, tuple(strides), (*lengths, *more), tuple(range(len(spec.symbols))))
 
 
@@ -305,6 +310,8 @@ def common_context(plan: Plan) -> dict[str, Any]:
         "eps": repr(float(spec.normaliser.eps)),
         "precision": plan.params["precision"],
         "upcast": plan.params["upcast"],
+        "when": plan.params.get("when"),
+        "holds": HOLDS,
     }
 
 

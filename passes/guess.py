@@ -94,7 +94,7 @@ class Values:
             elements = 1
             for s in value.shape:
                 elements *= hint(s)
-            if elements > MOST_ELEMENTS or value.device.type != "cpu":
+            if elements > MOST_ELEMENTS or value.device.type not in ("cpu", "cuda"):
                 return False
         if node.op == "placeholder":
             x = self.inputs.get(node)
@@ -120,7 +120,8 @@ def with_cases(site: Site, values: Values, sizes: Mapping[str, int], extents: Ma
             return site
         tensors[load.tensor] = value
     lengths = {a: extents[a] for a in ("b", "h", "i", "j")}
-    grid = Grid({a: (0, n) for a, n in lengths.items()}, tensors, torch.device("cpu"), sizes)
+    device = next(iter(tensors.values())).device
+    grid = Grid({a: (0, n) for a, n in lengths.items()}, tensors, device, sizes)
     holds: list[Expr] = []
     simpler: list[Expr] = []
     with _disable_current_modes(), torch.no_grad():

@@ -7,7 +7,22 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from attncomp.expr import ONE, Axis, Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, substitute
+from attncomp.expr import (
+    ONE,
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Score,
+    Sum,
+    Weight,
+    axes_of,
+    contains,
+    loads_of,
+    substitute,
+    walk,
+)
 from attncomp.passes.assemble import holds_masks
 from attncomp.passes.axes import Axes
 from attncomp.passes.contraction import contract, is_contraction, is_data, reaches_contraction, summed_size
@@ -42,6 +57,11 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
         weight = reader.at(weights, index)
         last = output
         normalised = row_normaliser(weight)
+        program: Expr = Weight()
+        if normalised is None:
+            inner = _normalised_inside(reader, weight)
+            if inner is not None:
+                normalised, program = inner
         if normalised is None:
             after = _normalised_after(reader, output, axes, weight)
             if after is not None:
@@ -85,7 +105,7 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
             last,
             axes,
             weight,
-            Weight(),
+            program,
             values,
             value_index,
             half=dtype is torch.float16,
@@ -102,6 +122,17 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
             made = Rejection("weights-escape", reason)
         yield missed(kind, output, made) if isinstance(made, Rejection) else made
     yield None
+
+
+def _normalised_inside(reader: Reader, weight: Expr) -> tuple[tuple[Expr, Expr | None], Expr] | None:
+    """``2 * (w / w.sum(-1))``: what `row_normaliser` finds of the division, and what is done to its result."""
+    for e in walk(weight):
+        found = row_normaliser(e)
+        if found is not None:
+            program = substitute(weight, {e: Weight()})
+            plain = not contains(program, Sum) and not any(_is_score(reader, x) for x in loads_of(program))
+            return (found, program) if plain else None
+    return None
 
 
 def _is_score(reader: Reader, load: Load) -> bool:

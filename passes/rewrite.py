@@ -88,9 +88,8 @@ def rewrite(
         if isinstance(item, Missed):
             reports.append(_missed(item))
             continue
-        if device.startswith("cpu"):  # elsewhere a check would wait for the device
-            hints = size_hints(item)
-            item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
+        hints = size_hints(item)
+        item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
         request, choice = _choose(item, policy, variants, fingerprints)
         clock.stage("choose")
         failure = None

@@ -62,7 +62,9 @@ class Program:
         if self.sizes[4] == 1 or not self._sees_keys():
             return False
         if self.axis is None:
-            return any(s[0] == "decay" or (s[0] == "mask" and s[1][0] == "tril") for s in self.steps)
+            return any(
+                s[0] == "decay" or (s[0] == "mask" and s[1][0] == "tril" and self._hides(s[1])) for s in self.steps
+            )
         return (
             self.axis == "keys"
             and not {s[0] for s in self.steps} & odd
@@ -73,6 +75,10 @@ class Program:
         """Whether a site should be rewritten: groups of heads that are known only at run time are not."""
         known = not dynamic or self.sizes[2] == 1 or self.layout in ("packed", "merged")
         return known and self.is_attention
+
+    def _hides(self, mask: Mask) -> bool:
+        i, j = self.sizes[3:5]
+        return not bool(_mask(mask, torch.arange(i)[:, None], torch.arange(j)[None, :], iter(())).all())
 
     def _sees_keys(self) -> bool:
         b, _, _, i, j, _, _ = self.sizes
@@ -106,11 +112,11 @@ class Program:
         found = [laid(h, i, d), laid(hk, j, d), laid(hk, j, e)]
         if self.layout == "ready":
             found[1] = normal(b, hk, d, j)
+        # Weights over their sum are the same at every scale: the gradient would be rounding alone.
+        learned = self.normaliser == "none" or self.features != "none"
         for kind in (self.scale_q, self.scale_k):
-            if kind == "tensor":
-                found.append(normal())
-            elif kind == "head":
-                found.append(normal(h, 1, 1))
+            if kind in ("tensor", "head"):
+                found.append(normal(*((h, 1, 1) if kind == "head" else ())).detach().requires_grad_(learned))
         for step in self.steps:
             if step[0] in ("bias", "scale_tensor"):
                 found.append(normal(*_broadcast(step[1], (b, h, i, j))))

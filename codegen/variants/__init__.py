@@ -6,6 +6,7 @@ from attncomp.codegen.variants.blocked import BLOCKED
 from attncomp.codegen.variants.checked import VENDOR_CPU_FLASH_CHECKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.tiled import TILED
+from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
 from attncomp.variant import Variant
 
@@ -17,5 +18,6 @@ VARIANTS: tuple[Variant, ...] = (
     VENDOR_EFFICIENT,
     CHUNKED_LINEAR,
     TILED,
+    TILED_CHECKED,
     BLOCKED,
 )

@@ -7,28 +7,22 @@ part of the mask (with ``is_causal`` instead of a dense triangle), else with all
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from attncomp.codegen.cases import case_holds, case_request, case_spec, check_work
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
-from attncomp.codegen.sdpa import NO_BIAS, Call, bias_of, finished
+from attncomp.codegen.sdpa import Call, finished
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH
-from attncomp.cost import Work
-from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import Const, axes_of
+from attncomp.evaluate import Grid
+from attncomp.expr import Const
 from attncomp.plan import Plan
-from attncomp.proof import Case
-from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Offer, Rejection, Request
 
 aten = torch.ops.aten
-
-CHECK_BYTES = 4.0
-"""Memory traffic of a check for each element that it looks at: the predicate's parts as booleans."""
 
 
 class CheckedFlash:
@@ -54,13 +48,14 @@ class CheckedFlash:
         general = VENDOR_CPU_FLASH.accept(replace(request, proof=replace(request.proof, cases=())))
         if isinstance(general, Rejection):
             return general
-        (case,) = request.proof.cases
-        simpler = VENDOR_CPU_FLASH.accept(replace(request, spec=_within(spec, case), proof=case.proof))
+        simpler = VENDOR_CPU_FLASH.accept(case_request(request))
         if isinstance(simpler, Rejection):
             return simpler
-        looked_at = sum(math.prod(request.hints[a] for a in axes_of(e)) for e in case.holds)
-        check = Work(flops=0.0, bytes=CHECK_BYTES * looked_at * (2 if spec.training else 1), launches=2)
-        return Offer({}, simpler.work + check, note=f"{case.proof.text} where the data allows it", uses_cases=True)
+        work = simpler.work + check_work(request)
+        if spec.training:
+            work += check_work(request)  # the backward pass looks again
+        (case,) = request.proof.cases
+        return Offer({}, work, note=f"{case.proof.text} where the data allows it", uses_cases=True)
 
     def build(
         self,
@@ -117,19 +112,11 @@ def _wide(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _within(spec: AttentionSpec, case: Case) -> AttentionSpec:
-    """The spec where the case holds."""
-    normaliser = spec.normaliser
-    if case.proof.row_nonempty and bias_of(spec) == NO_BIAS:
-        normaliser = replace(normaliser, empty="impossible")
-    return replace(spec, mask=case.mask, normaliser=normaliser)
-
-
 def _actual(plan: Plan, grid: Grid) -> Plan:
     """The plan with the mask that it has for this call's data."""
     (case,) = plan.proof.cases
-    if all(bool(evaluate_tensor(e, grid).all()) for e in case.holds):
-        return replace(plan, spec=_within(plan.spec, case), proof=case.proof)
+    if bool(case_holds(case, grid)):
+        return replace(plan, spec=case_spec(plan.spec, case), proof=case.proof)
     return plan
 
 

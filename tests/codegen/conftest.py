@@ -1,11 +1,19 @@
-"""Golden sources: what templates render to, kept as text. ``pytest tests/codegen --update-golden`` writes them anew."""
+"""Golden sources, which are what templates render to, kept as text, and a process in which Triton interprets kernels.
+
+``pytest tests/codegen --update-golden`` writes the sources anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.codegen.tiled_runs import interpret
 
 _GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,3 +38,20 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; --update-golden accepts the change"
 
     return check
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
+    """Runs functions in one process where Triton is imported with its interpreter on; here it stays a compiler."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:
+
+        def interpreted(run: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+            try:
+                return pool.submit(run, *args).result(timeout=300)
+            except Exception as error:
+                # Triton 3.6 converts an array of one element to an int, which NumPy no longer allows.
+                if "only 0-dimensional arrays can be converted" not in str(error):
+                    raise
+                pytest.skip("this Triton's interpreter does not run with this NumPy")
+
+        yield interpreted

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,7 +35,6 @@ from tests.codegen.tiled_runs import (
     built_errors,
     errors,
     find,
-    interpret,
     interpreted_errors,
     plan_of,
     request_of,
@@ -74,23 +71,6 @@ _QUICK = {
 _TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
-    """Runs cases in one process where Triton is imported with its interpreter on; here it stays a compiler."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:
-
-        def interpreted(*args: Any, run: Callable[..., dict[str, float]] = interpreted_errors) -> dict[str, float]:
-            try:
-                return pool.submit(run, *args).result(timeout=300)
-            except Exception as error:
-                # Triton 3.6 converts an array of one element to an int, which NumPy no longer allows.
-                if "only 0-dimensional arrays can be converted" not in str(error):
-                    raise
-                pytest.skip("this Triton's interpreter does not run with this NumPy")
-
-        yield interpreted
-
-
 def _parameters() -> list[Any]:
     return [pytest.param(c.name, marks=() if c.name in _QUICK else pytest.mark.slow, id=c.name) for c in CASES]
 
@@ -98,7 +78,7 @@ def _parameters() -> list[Any]:
 @pytest.mark.parametrize("name", _parameters())
 def test_forward_and_gradients_match_the_reference(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
     case = find(name)
-    found = interpreter(name)
+    found = interpreter(interpreted_errors, name)
     tolerance = {"out": _TOLERANCE[case.spec.dtype]}
     for tensor in case.spec.tensors:  # a captured float16 tensor has a float16 gradient
         tolerance[f"d{tensor.name}"] = max(_TOLERANCE.get(tensor.dtype, 0), _TOLERANCE[case.spec.dtype])
@@ -110,7 +90,7 @@ def test_forward_and_gradients_match_the_reference(name: str, interpreter: Calla
 def test_tables_of_distances_match_the_reference_with_gradients(
     interpreter: Callable[..., dict[str, float]],
 ) -> None:
-    found = interpreter("relative_buckets", run=built_errors)
+    found = interpreter(built_errors, "relative_buckets")
     assert set(found) == {"out", "dq", "dk", "dv", "dc0"}
     assert max(found.values()) <= _TOLERANCE["float32"]
 

@@ -31,6 +31,7 @@ def _signature(plan: Plan, arguments: Arguments, kernel: str) -> tuple[dict[str,
     pointers |= dict.fromkeys(("out", "grad", "dq", "dk", "dv"), _TYPES[spec.dtype])
     pointers |= dict.fromkeys(("stat", "delta", "shifts", "spreads"), "*fp32")
     pointers |= {f"g{t.name}": "*fp32" for t in spec.captured}
+    pointers["holds"] = _TYPES["bool"]
     for d in arguments.described:
         pointers[d.name] = f"tensordesc<{_TYPES[spec.dtype][1:]}[1, 1, {tile[d.rows]}, {d.width}]>"
     kinds = signature_of(arguments.names, pointers)
@@ -38,7 +39,7 @@ def _signature(plan: Plan, arguments: Arguments, kernel: str) -> tuple[dict[str,
     return kinds, ones
 
 
-def _compile_all(plan: Plan, capability: int) -> dict[str, Any]:
+def compile_all(plan: Plan, capability: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", capability, 32)
@@ -103,7 +104,7 @@ def test_compiles_within_shared_memory(capability: int, dtype: str, width: int, 
     hints = dict(zip("bhijde", (2, 2, 4096, 4096, width, width), strict=True))
     offer = TILED.accept(Request(spec, proof, "cuda", hardware, hints))
     assert isinstance(offer, Offer), str(offer)
-    compiled = _compile_all(Plan(spec, proof, "tiled", offer.params), capability)
+    compiled = compile_all(Plan(spec, proof, "tiled", offer.params), capability)
     assert {"forward", "keys", "queries"} <= set(compiled)
     used = {kernel: built.metadata.shared for kernel, built in compiled.items()}
     assert {k: v for k, v in used.items() if v > _SHARED[capability]} == {}

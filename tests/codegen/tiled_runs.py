@@ -91,10 +91,10 @@ def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
             assert mine.dtype == tensor.dtype
             assert mine.is_contiguous()
             pairs[f"d{name}"] = (mine, right)
-    return {name: _error(mine, right) for name, (mine, right) in pairs.items()}
+    return {name: relative_error(mine, right) for name, (mine, right) in pairs.items()}
 
 
-def _error(mine: torch.Tensor, right: torch.Tensor) -> float:
+def relative_error(mine: torch.Tensor, right: torch.Tensor) -> float:
     mine = mine.double()
     if not torch.equal(mine.isnan(), right.isnan()):
         return float("inf")
@@ -125,4 +125,4 @@ def built_errors(name: str) -> dict[str, float]:
             assert x.grad is not None
             assert y.grad is not None
             pairs[f"d{info.name}"] = (x.grad, y.grad)
-    return {name: _error(mine, right) for name, (mine, right) in pairs.items()}
+    return {name: relative_error(mine, right) for name, (mine, right) in pairs.items()}
