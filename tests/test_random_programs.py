@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 from attncomp.passes.lift import lift
@@ -20,7 +20,6 @@ from tests.random_programs import Program
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 EVERYWHERE = settings(
-    derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -43,12 +42,13 @@ def lift_and_check(program: Program, dynamic: bool) -> list[str]:
     return [str(s.reason) for s in found if not isinstance(s, Site)] or ["no site"]
 
 
-def count_lifted(examples: int) -> tuple[int, Counter[str], list[Program]]:
+def count_lifted(examples: int, shard: int = 0) -> tuple[int, Counter[str], list[Program]]:
     """(attention programs, reasons of misses, missed programs) over so many random programs."""
     total = 0
     missed: Counter[str] = Counter()
     which: list[Program] = []
 
+    @seed(shard)
     @settings(EVERYWHERE, max_examples=examples)
     @given(program=programs(), dynamic=st.integers(0, 4))
     def explore(program: Program, dynamic: int) -> None:
@@ -69,8 +69,9 @@ def test_lifted_sites_are_what_the_graph_computes() -> None:
 
 
 @pytest.mark.slow
-def test_lifted_sites_are_what_the_graph_computes_5000() -> None:
-    total, missed, which = count_lifted(int(os.environ.get("ATTNCOMP_EXAMPLES", "5000")))
+@pytest.mark.parametrize("shard", range(4))
+def test_lifted_sites_are_what_the_graph_computes_5000(shard: int) -> None:
+    total, missed, which = count_lifted(int(os.environ.get("ATTNCOMP_EXAMPLES", "5000")), shard)
     share = 1 - sum(missed.values()) / total
     print(f"{share:.2%} of {total} attention programs were lifted; missed: {dict(missed)}")
     for program in which[:20]:
@@ -92,10 +93,11 @@ def compile_and_compare(program: Program, dynamic: bool) -> bool:
     return any(s.verdict == "rewritten" for s in made.sites)
 
 
-def count_rewritten(examples: int) -> tuple[int, list[Program]]:
+def count_rewritten(examples: int, shard: int = 0) -> tuple[int, list[Program]]:
     total = 0
     missed: list[Program] = []
 
+    @seed(shard)
     @settings(EVERYWHERE, max_examples=examples)
     @given(program=programs(), dynamic=st.booleans())
     def explore(program: Program, dynamic: bool) -> None:
@@ -115,8 +117,9 @@ def test_compiled_programs_equal_eager() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_programs_equal_eager_500() -> None:
-    total, missed = count_rewritten(int(os.environ.get("ATTNCOMP_COMPILED_EXAMPLES", "500")))
+@pytest.mark.parametrize("shard", range(2))
+def test_compiled_programs_equal_eager_500(shard: int) -> None:
+    total, missed = count_rewritten(int(os.environ.get("ATTNCOMP_COMPILED_EXAMPLES", "500")), shard)
     share = 1 - len(missed) / total
     print(f"{share:.2%} of {total} attention programs were rewritten; missed: {missed[:20]}")
     assert share >= SHARE
