@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from attncomp import polynomial
 from attncomp.derivative import derivative
-from attncomp.expr import Const, Expr, Load, Op, Score, axes_of, contains, loads_of, substitute, walk
+from attncomp.expr import Const, Expr, Load, Op, Score, axes_of, contains, loads_of, mul, substitute, walk
 from attncomp.passes.mask import split_mask
 from attncomp.passes.nodes import Index, argument, dimension, name_of, shape_of, value_of
 from attncomp.passes.reader import Reader
@@ -100,7 +100,7 @@ def without_shift(
         slopes = [_slope(e, shift, score) for e in (program, *sinks)]
         if slopes[0] is None or any(s != slopes[0] for s in slopes):
             continue
-        if not _is_of(reader, found, base, score):
+        if not _is_of(reader, found, base, score, slopes[0]):
             continue
         program = base
         sinks = [substitute(e, {shift: Const(0.0)}) for e in sinks]
@@ -126,8 +126,11 @@ def _slope(e: Expr, shift: Expr, score: Load) -> Expr | None:
     return slope
 
 
-def _is_of(reader: Reader, found: Reduction, base: Expr, score: Load) -> bool:
-    """Whether what was reduced are the scores: as they are, scaled by a number, or all that `base` makes of them."""
+def _is_of(reader: Reader, found: Reduction, base: Expr, score: Load, slope: Expr) -> bool:
+    """Whether what was reduced are the scores: as they are, scaled by a number, or all that `base` makes of them.
+
+    slope: how `base` less the shift varies with the shift: a number where both are scaled after the subtraction.
+    """
     index = found.index
     if found.whole:
         if len(score.index) != value_of(found.source).dim():
@@ -136,6 +139,8 @@ def _is_of(reader: Reader, found: Reduction, base: Expr, score: Load) -> bool:
     rows = substitute(reader.at(found.source, index), {score: Score()})
     whole = substitute(base, {score: Score()})
     if rows in (whole, split_mask(whole).program):
+        return True
+    if isinstance(slope, Const) and -math.inf < slope.value < 0 and mul(rows, Const(-slope.value)) == whole:
         return True
     affine = affine_in_score(rows)
     return affine is not None and isinstance(affine[0], Const) and affine[0].value != 0 and affine[1] == Const(0.0)
