@@ -36,9 +36,12 @@ class LengthPlan:
     reason: str
     plan: str | None = None
 
+    @property
+    def lengths(self) -> str:
+        return f"{self.low} {'or more' if self.high is None else f'to {self.high}'} {self.axis}"
+
     def __str__(self) -> str:
-        lengths = f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
-        return f"{self.variant or 'as written'} for {lengths} {self.axis}"
+        return f"{self.variant or 'as written'} for {self.lengths}"
 
 
 @dataclass(frozen=True, slots=True)
