@@ -18,13 +18,15 @@ STEP = 4
 """Ratio of the values that are looked at; borders between them are found by bisection."""
 LONGEST = 2**16
 """The largest value that is looked at where no bound is known; what is best there is taken for all beyond."""
-GAIN = 1.1
-"""A span of its own must be predicted this many times as fast as its neighbour's plan would be: branches are compiled
-each, and may be fused with nothing around them."""
+GAIN = 1.2
+"""A span of its own must be predicted this many times as fast as its neighbour's plan would be: predictions are good to
+15 %, and branches are compiled each, kept in none of torch's caches, and fused with nothing around them."""
 BRANCH_MS = 0.02
 """Host time of a branch: a comparison and a call, in Python."""
 RECOMPUTED = 4 / 3
 """In training, the backward of a branch computes its forward again: 2 of the 6 products of both."""
+NEAR = 16
+"""In training, other plans are worth that only for lengths this many times longer or shorter than the likely one."""
 RESOLUTION = 16
 """Borders are found to within this fraction (1 / 16) of the length."""
 
@@ -97,9 +99,9 @@ def spans(
     if len(runs) == 1 and runs[0].plan == whole.plan:
         return (whole,)
     if training:
-        one = max(_loss(o, whole.plan) for o in at.values())
-        several = max(_loss(at[n], run.plan) * RECOMPUTED for run in runs for n in run.values)
-        if one <= several:
+        losses = {n: _loss(outcome, whole.plan) for n, outcome in at.items()}
+        near = [x for n, x in losses.items() if likely <= n * NEAR and n <= likely * NEAR]
+        if max(near) <= RECOMPUTED * GAIN and max(losses.values()) < float("inf"):
             return (whole,)
     low = values[0]
     found = []
