@@ -96,7 +96,7 @@ class _Maker:
 class _Operand:
     """A node that branches read, and what they are given for it: itself, or where a gradient flows a dense tensor.
 
-    order: of the node's dimensions in `given`; None where it is given as it is. constant: a float without a gradient.
+    order: of the node's dimensions in `given`; None where it is given as it is. constant: a float without gradient.
     """
 
     node: Node
@@ -107,10 +107,11 @@ class _Operand:
     @staticmethod
     def of(made: _Maker, node: Node) -> _Operand:
         value = value_of(node)
-        floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        constant = node.op == "get_attr"  # torch's tracer says nothing of its value
+        floating = constant or (isinstance(value, torch.Tensor) and value.dtype.is_floating_point)
         if not (floating and made.meta.get("attncomp_grad")):
             return _Operand(node, node, None, False)
-        if not node.meta.get("attncomp_grad"):
+        if constant or not node.meta.get("attncomp_grad"):
             return _Operand(node, node, None, True)
         order = _memory_order(value)
         given = made(aten.contiguous.default, made(aten.permute.default, node, list(order)))

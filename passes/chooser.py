@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from attncomp.expr import Expr, Size, substitute
+from attncomp.expr import Const, Expr, Size, substitute
 from attncomp.hardware import detect
 from attncomp.passes.as_written import as_written_ms
 from attncomp.passes.choose import choose
@@ -114,6 +114,10 @@ class Chooser:
         """Both sides of every length at which the policy may say something else."""
         limit = size.high if size.high is not None else 2**32
         ends = {("i", DECODE + 1)} if self.policy.rules else set()
+        if self.policy.rules and isinstance(size.query, Const):  # decoding has more keys than queries
+            ends.add(("j", int(size.query.value) + 1))
+        if self.policy.rules and isinstance(size.key, Const):
+            ends.add(("i", int(size.key.value)))
         for rule in self.policy.rules:
             for axis, lengths in (("i", rule.match.q_len), ("j", rule.match.kv_len)):
                 if lengths is not None:
@@ -168,4 +172,5 @@ def _kind(site: Site) -> tuple[Any, ...]:
     q = tensor_of(site.q.node)
     flex = name_of(site.anchor) == "getitem" and any(map(is_flex, site.anchor.all_input_nodes))
     masked = isinstance(argument(site.anchor, 3, "attn_mask"), Node)
-    return (site.kind, site.spec, site.proof, q.device, q.dtype, name_of(site.anchor), flex, masked)
+    rows = (site.q.dims[-2] is None, site.k.dims[-2] is None)
+    return (site.kind, site.spec, site.proof, q.device, q.dtype, name_of(site.anchor), flex, masked, rows)
