@@ -56,8 +56,40 @@ def attncomp(
         OptionsError, PolicyError: the user's options or policy are wrong.
     """
     own, inductor_options = _split_options(options or {})
-    result = run_passes(graph, example_inputs, own.get("policy"), check_values=bool(own.get("verify", False)))
+    check_values = bool(own.get("verify", False))
+    one_plan = ""
+    if _records_cuda_graphs(example_inputs, mode, inductor_options):
+        one_plan = "branches would cut the CUDA graphs into pieces"
+
+    def compiled(result: Rewritten) -> Callable[..., Any]:
+        return _executed(result, graph, example_inputs, own.get("executor", "inductor"), mode, inductor_options)
+
+    result = run_passes(graph, example_inputs, own.get("policy"), check_values=check_values, one_plan=one_plan)
+    try:
+        made = compiled(result)
+    except torch._dynamo.exc.RestartAnalysis:  # Dynamo's way to begin again with what it has learnt
+        raise
+    except Exception as error:  # torch's operator for branches is young: the model must not pay for it
+        if not any(s.lengths for s in result.report.sites):
+            record(result.report)
+            raise
+        log.info("a graph with plans by length was not compiled, and gets one plan for each site", exc_info=True)
+        one_plan = f"torch did not compile the branches ({type(error).__name__})"
+        result = run_passes(graph, example_inputs, own.get("policy"), check_values=check_values, one_plan=one_plan)
+        made = compiled(result)
     record(result.report)
+    return made
+
+
+def _executed(
+    result: Rewritten,
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    executor: str,
+    mode: str | None,
+    options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """What the passes made of a graph, compiled; the graph itself where nothing was rewritten."""
     target = graph
     lifted: tuple[torch.Tensor, ...] = ()
     if result.report.fallback is not None:
@@ -67,13 +99,15 @@ def attncomp(
     elif any(s.verdict == "rewritten" for s in result.report.sites):
         target, lifted = result.captured.graph, result.captured.lifted
     inputs = [*lifted, *example_inputs]
-    if own.get("executor", "inductor") == "eager":
-        compiled: Callable[..., Any] = eager(target)
-    else:
-        compiled = _inductor(target, inputs, mode, inductor_options)
+    compiled = eager(target) if executor == "eager" else _inductor(target, inputs, mode, options)
     if not lifted:
         return compiled
     return lambda *args: compiled(*lifted, *args)
+
+
+def _records_cuda_graphs(inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]) -> bool:
+    wanted = options.get("triton.cudagraphs", mode in ("reduce-overhead", "max-autotune"))
+    return bool(wanted) and any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs)
 
 
 def run_passes(
@@ -83,8 +117,9 @@ def run_passes(
     *,
     check_values: bool = False,
     apply: bool = True,
+    one_plan: str = "",
 ) -> Rewritten:
-    """Every pass over one Dynamo graph, with the installed variants."""
+    """Every pass over one Dynamo graph, with the installed variants; the options are those of `rewrite`."""
     loaded = load_policy(policy)
     check_variants(loaded, [v.name for v in VARIANTS])
     if loaded.cache.dir is not None or loaded.cache.max_size is not None:
@@ -99,6 +134,7 @@ def run_passes(
             fingerprints={v.name: fingerprint for v in VARIANTS},
             check_values=check_values,
             apply=apply,
+            one_plan=one_plan,
         )
     except AttncompError:
         raise

@@ -212,6 +212,11 @@ def _print_report(report: Report, verbose: bool) -> None:
                 ("CANDIDATE", ">MS", "REJECTED BECAUSE"),
                 ((c.variant, _milliseconds(c.predicted_ms), c.rejection or "") for c in site.candidates),
             )
+        if site.lengths:
+            print_table(
+                ("LENGTHS", "PLAN", "BECAUSE"),
+                ((p.lengths, p.variant or "as written", f"{p.reason} (at {p.at})") for p in site.lengths),
+            )
         for fact in site.facts:
             print(f"proof: {plain(fact)}")
     rewritten = sum(site.verdict == "rewritten" for site in report.sites)

@@ -22,12 +22,37 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class LengthPlan:
+    """What a site does for a range of run-time lengths: of its `axis` (keys or queries), both ends included.
+
+    high: None has no end. at: the length that `reason` speaks of. variant: None where the site is kept. plan: digest.
+    """
+
+    axis: str
+    low: int
+    high: int | None
+    at: int
+    variant: str | None
+    reason: str
+    plan: str | None = None
+
+    @property
+    def lengths(self) -> str:
+        return f"{self.low} {'or more' if self.high is None else f'to {self.high}'} {self.axis}"
+
+    def __str__(self) -> str:
+        return f"{self.variant or 'as written'} for {self.lengths}"
+
+
+@dataclass(frozen=True, slots=True)
 class SiteReport:
     """The verdict on one attention site.
 
     module: dotted path of the module; location: ``file:line``; kind: softmax, linear, ...; verdict: rewritten or kept.
     variant, family, exactness: of what runs (None where the site is kept). mask: canonical text of what was proven.
-    reason: one sentence. facts: the steps of the proof. program: the score program as text.
+    reason: one sentence. facts: the steps of the proof. program: the score program as text. lengths: what is done by
+    length, where that is not one plan for all; the other fields then speak of the lengths that the graph was traced
+    with, or of the first plan if these are kept.
     """
 
     module: str
@@ -46,6 +71,7 @@ class SiteReport:
     predicted_ms: float | None = None
     as_written_ms: float | None = None
     plan: str | None = None
+    lengths: tuple[LengthPlan, ...] = ()
 
     def _group(self) -> tuple[object, ...]:
         return (self.kind, self.verdict, self.variant, self.mask, self.program, self.shape, self.location, self.reason)
@@ -103,6 +129,7 @@ def _describe(same: list[SiteReport]) -> list[str]:
         lines.append(f"    score: {site.program}")
     how = f"rewritten: {site.variant} ({site.family}, {site.exactness})" if site.verdict == "rewritten" else "kept"
     lines.append(f"    {how}; {site.reason}")
+    lines.extend(f"    {part}: {part.reason} (at {part.at})" for part in site.lengths)
     lines.extend(f"    proof: {fact}" for fact in site.facts)
     for c in site.candidates:
         if c.variant != site.variant:

@@ -5,36 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from attncomp.cost import UNFUSED, Work, predict_ms, unfused_linear_work, unfused_softmax_work
-from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
-from attncomp.hardware import Hardware, detect
 from attncomp.passes.anchors import may_hold_attention
+from attncomp.passes.branches import branch, branchable
 from attncomp.passes.capture import Captured, capture
-from attncomp.passes.choose import Choice, choose
+from attncomp.passes.chooser import Chooser, Chosen
 from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
+from attncomp.passes.lengths import Span
 from attncomp.passes.lift import lift
-from attncomp.passes.lift_flex import is_flex
 from attncomp.passes.lower import Traces, lower, replace
-from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.nodes import name_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
-from attncomp.passes.prove import prove
 from attncomp.passes.site import Missed, Site, tensor_of
+from attncomp.passes.sizes import size_hints
 from attncomp.passes.verify import numeric_difference, verify_metadata
 from attncomp.passes.vmapped import restore_segments
 from attncomp.policy import Policy
-from attncomp.proof import MaskProof
 from attncomp.report import Report, SiteReport
-from attncomp.spec import AXES, AttentionSpec, B, H, I, J, TensorInfo
-from attncomp.variant import Offer, Rejection, Request, Variant
+from attncomp.variant import Rejection, Variant
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest relative difference that the numeric check accepts, by the site's dtype."""
@@ -60,10 +54,12 @@ def rewrite(
     fingerprints: Mapping[str, str],
     check_values: bool = False,
     apply: bool = True,
+    one_plan: str = "",
 ) -> Rewritten:
     """Capture, lift, prove, choose, lower and verify.
 
     check_values: also compare each rewritten site with the original on random inputs. apply: False only analyses.
+    one_plan: why no site gets plans by length; empty: sites may.
     """
     clock = _Clock()
 
@@ -83,6 +79,7 @@ def rewrite(
     values = Values.of(graph, (*captured.lifted, *inputs))
     reports = []
     traces: Traces = {}
+    chooser = Chooser(policy, variants, fingerprints)
     for item in found:
         device = device or str(tensor_of(item.anchor).device)
         if isinstance(item, Missed):
@@ -90,13 +87,17 @@ def rewrite(
             continue
         hints = size_hints(item)
         item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
-        request, choice = _choose(item, policy, variants, fingerprints)
+        chosen = chooser.choose(item, one_plan)
+        if len(chosen.spans) > 1:
+            refused = branchable(graph, item, as_written=any(s.plan is None for s in chosen.spans))
+            chosen = chosen if refused is None else chooser.choose(item, refused.detail)
         clock.stage("choose")
-        failure = None
-        if choice.plan is not None and choice.variant is not None and apply:
-            failure = _apply(graph, item, choice, check_values, traces)
+        failure = _apply(graph, item, chosen, check_values, traces) if apply else None
+        if failure is not None and len(chosen.spans) > 1:
+            chosen = chooser.choose(item, failure.detail)
+            failure = _apply(graph, item, chosen, check_values, traces)
         clock.stage("lower")
-        reports.append(_site_report(item, request, choice, failure))
+        reports.append(_site_report(item, chosen, failure))
     if apply:
         put_back(graph)
         _remove_dead(graph)
@@ -124,136 +125,35 @@ class _Clock:
         return tuple(self.stages.items())
 
 
-def _choose(
-    site: Site, policy: Policy, variants: Sequence[Variant], fingerprints: Mapping[str, str]
-) -> tuple[Request, Choice]:
-    tensor = tensor_of(site.q.node)
-    hardware = detect(tensor.device)
-    hints = size_hints(site)
-    symbols = {str(name): hints[f"symbol {name}"] for name in site.spec.symbols}
-    spec = site.spec.canonical()
-    request = Request(
-        spec=spec,
-        proof=_canonical_proof(site),
-        device=tensor.device.type,
-        hardware=hardware,
-        hints={a: hints[a] for a in AXES},
-        symbol_hints={f"s{n}": v for n, v in enumerate(symbols.values())},
-    )
-    settings = policy.resolve(
-        module=site.module,
-        phase="train" if spec.training else "decode" if hints["i"] < hints["j"] and hints["i"] <= 16 else "prefill",
-        kv_len=hints["j"],
-        q_len=hints["i"],
-        kind=site.kind,
-        mask=site.proof.text,
-        device=str(tensor.device),
-    )
-    kept = as_written_ms(site, request, variants, hardware)
-    return request, choose(request, variants, settings, kept, fingerprints)
+def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, traces: Traces) -> Rejection | None:
+    """Put what was chosen in the site's place; or say why it can't be, and leave the site."""
+    made: dict[str, Node] = {}  # by the plan's digest: it may be used on both sides of another
+    arms: list[tuple[int | None, Node]] = []
+    for span in chosen.spans:
+        new = site.output
+        if span.plan is not None:
+            lowered = made.get(span.plan.digest) or _lowered(graph, site, span, check_values, traces)
+            if isinstance(lowered, Rejection):
+                return lowered
+            new = made[span.plan.digest] = lowered
+        border = None if chosen.size is None or span.high is None else chosen.size.length(span.high)
+        arms.append((border, new))
+    if not made:
+        return None
+    if len(arms) > 1:
+        assert chosen.size is not None
+        joined = branch(graph, site, chosen.size.axis, arms)
+        problem = joined if isinstance(joined, Rejection) else verify_metadata(site.output, joined)
+        if problem is not None or isinstance(joined, Rejection):
+            return problem
+        new = joined
+    replace(graph, site.output, new)
+    return None
 
 
-def _canonical_proof(site: Site) -> MaskProof:
-    renamed: dict[Expr, Expr] = {Size(name): Size(f"s{n}") for n, name in enumerate(site.spec.symbols)}
-    return site.proof.mapped(lambda e: substitute(e, renamed))
-
-
-def size_hints(site: Site) -> dict[str, int]:
-    """A likely value of every axis size and of every run-time symbol, as seen when the graph was traced."""
-    symbols: dict[str, int] = {}
-    for node in (site.q.node, site.k.node, site.v.node, *site.captured, site.output):
-        for s in value_of(node).shape:
-            if isinstance(s, torch.SymInt):
-                for symbol in s.node.expr.free_symbols:
-                    known = (
-                        s.node.shape_env.backed_var_to_val.get(symbol)
-                        if hasattr(s.node.shape_env, "backed_var_to_val")
-                        else None
-                    )
-                    if known is None:
-                        known = getattr(s.node.shape_env, "var_to_val", {}).get(symbol)
-                    symbols[str(symbol)] = int(known) if known is not None else 1
-    for name in site.spec.symbols:
-        symbols.setdefault(name, 1)
-    grid = Grid({}, {}, torch.device("cpu"), symbols)
-    values = {a: max(int(evaluate_tensor(site.spec.size(a), grid)), 1) for a in AXES}
-    return values | {f"symbol {n}": v for n, v in symbols.items()}
-
-
-def as_written_ms(site: Site, request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
-    """Predicted time of the site as the user wrote it, compiled by inductor."""
-    n, spec = request.hints, request.spec
-    itemsize = tensor_of(site.q.node).dtype.itemsize
-    kv_heads = n["h"] // (spec.group or 1)
-    if name_of(site.anchor) == "scaled_dot_product_attention":
-        return _library_ms(site, request, variants, hardware)
-    if name_of(site.anchor) == "getitem" and any(map(is_flex, site.anchor.all_input_nodes)):
-        return _flex_ms(request, variants, hardware)
-    shape = (n["b"], n["h"], kv_heads, n["i"], n["j"], n["d"], n["e"], itemsize, spec.training)
-    dtype = {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(spec.dtype, "fp32")
-    efficiency = UNFUSED[hardware.kind]
-    work: Work = (
-        unfused_softmax_work(*shape, dtype=dtype, efficiency=efficiency)
-        if site.kind == "softmax"
-        else unfused_linear_work(*shape, dtype=dtype, efficiency=efficiency)
-    )
-    return predict_ms(work, hardware)
-
-
-def _flex_ms(request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
-    """A flex_attention call: about what the best kernel generated here takes, which skips the same blocks."""
-    times = []
-    for variant in variants:
-        if variant.family != "vendor" and variant.exactness == "exact" and request.device in variant.devices:
-            answer = variant.accept(request)
-            if isinstance(answer, Offer):
-                times.append(predict_ms(answer.work, hardware))
-    return min(times, default=float("inf"))
-
-
-def _library_ms(site: Site, request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
-    """An SDPA call as written: the best library kernel that takes its mask as the dense tensor it is."""
-    spec: AttentionSpec = request.spec
-    proof = request.proof
-    mask = argument(site.anchor, 3, "attn_mask")
-    if isinstance(mask, Node):
-        b, h, i, j = (spec.size(a) for a in ("b", "h", "i", "j"))
-        dense = TensorInfo("c0", (b, h, i, j), "bool")
-        load = Load("c0", (B, H, I, J), "bool")
-        spec = with_fields(spec, tensors=(*spec.tensors[:3], dense), mask=load, program=_plain_program(spec))
-        proof = prove(load, spec.extents)
-    as_written = with_fields(request, spec=spec, proof=proof)
-    times = []
-    for variant in variants:
-        if variant.family == "vendor" and request.device in variant.devices:
-            answer = variant.accept(as_written)
-            if isinstance(answer, Offer):
-                times.append(predict_ms(answer.work, hardware))
-    if times:
-        return min(times)
-    n = request.hints
-    work = unfused_softmax_work(
-        n["b"],
-        n["h"],
-        n["h"],
-        n["i"],
-        n["j"],
-        n["d"],
-        n["e"],
-        tensor_of(site.q.node).dtype.itemsize,
-        spec.training,
-        efficiency=UNFUSED[hardware.kind],
-        mask_bytes=0.0 if mask is None or spec.mask == TRUE else float(n["b"] * n["i"] * n["j"]),
-    )
-    return predict_ms(work, hardware)
-
-
-def _plain_program(spec: AttentionSpec) -> Expr:
-    affine = spec.affine()
-    return mul(Score(), affine[0] if affine is not None else Const(1.0))
-
-
-def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool, traces: Traces) -> Rejection | None:
+def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, traces: Traces) -> Node | Rejection:
+    """A verified node with the site's value, computed as the span's plan says."""
+    choice = span.outcome.choice
     assert choice.plan is not None
     assert choice.variant is not None
     try:
@@ -269,9 +169,7 @@ def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool, t
         difference = numeric_difference(graph, site, new)
         if not difference <= TOLERANCE.get(tensor_of(site.output).dtype, 1e-4):
             problem = Rejection("verify-values", f"differs from the original by {difference:.3g} on random inputs")
-    if problem is None:
-        replace(graph, site.output, new)
-    return problem
+    return new if problem is None else problem
 
 
 def _remove_dead(graph: GraphModule) -> None:
@@ -293,31 +191,38 @@ def _missed(item: Missed) -> SiteReport:
     return SiteReport(item.module, item.location, item.kind, "kept", None, None, None, "unknown", str(item.reason))
 
 
-def _site_report(site: Site, request: Request, choice: Choice, failure: Rejection | None) -> SiteReport:
-    n = request.hints
+def _site_report(site: Site, chosen: Chosen, failure: Rejection | None) -> SiteReport:
+    n, choice = chosen.outcome.request.hints, chosen.outcome.choice
     kv_heads = n["h"] // (site.spec.group or 1)
     heads = f"{n['h']}" if kv_heads == n["h"] else f"{n['h']}/{kv_heads}"
     width = f"{n['d']}" if n["d"] == n["e"] else f"{n['d']}/{n['e']}"
     shape = (
         f"B{n['b']} H{heads} Q{n['i']} K{n['j']} D{width} {site.spec.dtype}{' training' if site.spec.training else ''}"
     )
-    rewritten = choice.variant is not None and failure is None
-    variant = choice.variant
+    ranges = chosen.ranges() if failure is None else ()
+    used = next((s.outcome.choice for s in chosen.spans if s.plan is not None), None) if failure is None else None
+    if used is not None and choice.plan is not None:
+        used = choice
+    variant = None if used is None else used.variant
+    reason = "by length: " + ", ".join(map(str, ranges)) if ranges else choice.reason
+    if chosen.note:
+        reason += f"; one plan for all lengths: {chosen.note}"
     return SiteReport(
         module=site.module,
         location=site.location,
         kind=site.kind,
-        verdict="rewritten" if rewritten else "kept",
-        variant=variant.name if rewritten and variant is not None else None,
-        family=variant.family if rewritten and variant is not None else None,
-        exactness=variant.exactness if rewritten and variant is not None else None,
+        verdict="kept" if variant is None else "rewritten",
+        variant=None if variant is None else variant.name,
+        family=None if variant is None else variant.family,
+        exactness=None if variant is None else variant.exactness,
         mask=site.proof.text,
-        reason=str(failure) if failure is not None else choice.reason,
+        reason=str(failure) if failure is not None else reason,
         candidates=choice.candidates,
         facts=site.proof.facts,
         program=str(site.spec.program),
         shape=shape,
         predicted_ms=choice.predicted_ms,
         as_written_ms=choice.kept_ms,
-        plan=choice.plan.digest if rewritten and choice.plan is not None else None,
+        plan=None if used is None or used.plan is None else used.plan.digest,
+        lengths=ranges,
     )

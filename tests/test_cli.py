@@ -22,7 +22,7 @@ from attncomp.cli_doctor import Check
 from attncomp.cli_target import load_target
 from attncomp.errors import TargetError
 from attncomp.policy import Policy, load_policy
-from attncomp.report import Candidate, Report, SiteReport
+from attncomp.report import Candidate, LengthPlan, Report, SiteReport
 
 GOOD = "version = 1\n[[rule]]\nmatch = { phase = 'decode' }\nmin_speedup = 2\n"
 BAD = "version = 1\n[defaults]\nmin_speedups = 2\n"
@@ -125,6 +125,18 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     module.explain = explain  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "attncomp.explain", module)
     return state
+
+
+def test_explain_lists_plans_by_length(model_file: Path, analysis: SimpleNamespace) -> None:
+    parts = (
+        LengthPlan("keys", 2, 500, 64, None, "kept: tiled is predicted at 2 ms"),
+        LengthPlan("keys", 501, None, 1024, "tiled", "tiled predicted at 3 ms"),
+    )
+    analysis.report = Report((replace(analysis.site, lengths=parts),))
+    _, out, _ = run("explain", f"{model_file}:build", "--verbose")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "2 to 500 keys as written kept: tiled is predicted at 2 ms (at 64)" in rows
+    assert "501 or more keys tiled tiled predicted at 3 ms (at 1024)" in rows
 
 
 def test_version() -> None:

@@ -13,8 +13,8 @@ from attncomp.expr import Expr, axes_of, loads_of
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.lower import _batch_sizes, _keyed, _query, _restore
 from attncomp.passes.nodes import value_of
-from attncomp.passes.rewrite import size_hints
 from attncomp.passes.site import Site
+from attncomp.passes.sizes import size_hints
 from attncomp.passes.verify import values_at
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference

@@ -1,0 +1,280 @@
+"""Branches: plans by length become nested ``cond`` operators on a length, which cost a comparison and add no guard.
+
+A branch holds what a plan was lowered to, or the nodes as the user wrote them, down to the tensors that the site reads.
+Torch asks that both branches, and both their backwards, give the same strides: outputs take the memory order of the
+first plan's, and what gradients flow into comes dense in its own memory order and is flattened inside, so that its
+gradient is dense too. The backward computes the branch's forward again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, GraphModule, Node
+
+from attncomp.passes.inline import CHECKPOINT
+from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.site import Site, tensor_of
+from attncomp.passes.symbols import hint
+from attncomp.variant import Rejection
+
+aten = torch.ops.aten
+_COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "attncomp_grad")
+
+
+def branchable(graph: GraphModule, site: Site, as_written: bool) -> Rejection | None:
+    """Why a site can't stand in branches; as_written: one of them is what the user wrote."""
+    if not hasattr(torch.ops.higher_order, "cond"):
+        return Rejection("branches", "this torch has no cond operator")
+    if site.spec.dropout > 0:
+        return Rejection("branches", "what a branch computes again for its backward would draw other random numbers")
+    if CHECKPOINT in (site.output.meta.get("custom") or {}):
+        return Rejection("branches", "the site is inside of an activation checkpoint")
+    found = _bodies(graph, site, [site.output]) if as_written else None
+    return found if isinstance(found, Rejection) else None
+
+
+def branch(graph: GraphModule, site: Site, axis: str, arms: Sequence[tuple[int | None, Node]]) -> Node | Rejection:
+    """Put operators before the site's output that give the first arm's value whose border the length does not exceed.
+
+    axis: whose length is compared, i or j. arms: (last length, node with the value), ascending; None: no end.
+    """
+    bodies = _bodies(graph, site, [output for _, output in arms])
+    if isinstance(bodies, Rejection):
+        return bodies
+    shapes = {tuple(map(str, value_of(output).shape)) for output in bodies}
+    fake_mode = detect_fake_mode([value_of(n) for n in bodies])
+    if len(shapes) != 1 or fake_mode is None:
+        return Rejection("branches", "the branches' outputs have shapes that are spelled differently")
+    read, outputs = _read(bodies), list(bodies)
+    order = _memory_order(value_of(next((n for n in outputs if n is not site.output), site.output)))
+    with fake_mode, graph.graph.inserting_before(site.output):
+        made = _Maker(graph.graph, site.output)
+        operand, place = (site.k, site.k.dims[-2]) if axis == "j" else (site.q, site.q.dims[-2])
+        length = made(aten.sym_size.int, operand.node, place)
+        operands = [_Operand.of(made, n) for n in graph.graph.nodes if n in read]
+        modules = {n: _body(operands, body, n, order) for n, body in bodies.items()}
+        rest: GraphModule = modules[arms[-1][1]]
+        for border, output in reversed(arms[1:-1]):
+            rest = _chained(operands, border, modules[output], rest)
+        border, output = arms[0]
+        names = [f"_length_{len(list(graph.named_children()))}_{n}" for n in range(2)]
+        for name, module in zip(names, (modules[output], rest), strict=True):
+            graph.add_submodule(name, module)
+        shorter, longer = (graph.graph.get_attr(name) for name in names)
+        given = (length, *(o.given for o in operands))
+        compared = made(operator.le, length, border)
+        both = graph.graph.call_function(torch.ops.higher_order.cond, (compared, shorter, longer, given))
+        new = graph.graph.call_function(operator.getitem, (both, 0))
+        sizes = value_of(site.output).shape
+        value = tensor_of(site.output).new_empty([sizes[d] for d in order]).permute(_inverse(order))
+    both.meta = made.meta | {"val": (value,)}
+    new.meta = made.meta | {"val": value}
+    return new
+
+
+class _Maker:
+    """Makes nodes before a site, with what every node must say of itself."""
+
+    def __init__(self, graph: Graph, output: Node) -> None:
+        self.graph = graph
+        self.meta = {key: output.meta[key] for key in _COPIED if key in output.meta}
+
+    def __call__(self, target: Any, *args: Any) -> Node:
+        new = self.graph.call_function(target, args)
+        new.meta = dict(self.meta)
+        new.meta["val"] = target(*torch.fx.node.map_arg(args, value_of))
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """A node that branches read, and what they are given for it: itself, or where a gradient flows a dense tensor.
+
+    order: of the node's dimensions in `given`; None where it is given as it is. constant: a float without gradient.
+    """
+
+    node: Node
+    given: Node
+    order: tuple[int, ...] | None
+    constant: bool
+
+    @staticmethod
+    def of(made: _Maker, node: Node) -> _Operand:
+        value = value_of(node)
+        constant = node.op == "get_attr"  # torch's tracer says nothing of its value
+        floating = constant or (isinstance(value, torch.Tensor) and value.dtype.is_floating_point)
+        if not (floating and made.meta.get("attncomp_grad")):
+            return _Operand(node, node, None, False)
+        if constant or not node.meta.get("attncomp_grad"):
+            return _Operand(node, node, None, True)
+        order = _memory_order(value)
+        given = made(aten.contiguous.default, made(aten.permute.default, node, list(order)))
+        return _Operand(node, given, order, False)
+
+    def enter(self, body: Graph, placeholder: Node) -> Node:
+        """The node's value inside of a branch."""
+        if self.constant:  # or the branch's backward would make a gradient for it
+            return body.call_function(aten.detach.default, (placeholder,))
+        if self.order is None:
+            return placeholder
+        flat = body.call_function(aten.flatten.using_ints, (placeholder,))
+        whole = body.call_function(aten.view_as.default, (flat, placeholder))
+        return body.call_function(aten.permute.default, (whole, _inverse(self.order)))
+
+
+def _placeholders(body: Graph, operands: Sequence[_Operand]) -> list[Node]:
+    """The length, then the operands."""
+    found = [body.placeholder("length")]
+    for n, operand in enumerate(operands):
+        found.append(body.placeholder(f"operand_{n}"))
+        found[-1].meta["val"] = value_of(operand.given)
+    return found
+
+
+def _body(operands: Sequence[_Operand], members: Sequence[Node], output: Node, order: Sequence[int]) -> GraphModule:
+    """The members as a graph of its own, whose output is dense with its dimensions in memory in the given order."""
+    body = Graph()
+    _, *given = _placeholders(body, operands)
+    copies = {o.node: o.enter(body, p) for o, p in zip(operands, given, strict=True)}
+    for n in members:
+        copies[n] = body.node_copy(n, copies.__getitem__)
+    ordered = body.call_function(aten.permute.default, (copies[output], list(order)))
+    dense = body.call_function(aten.contiguous.default, (ordered,))
+    body.output((body.call_function(aten.permute.default, (dense, _inverse(order))),))
+    return GraphModule({}, body)
+
+
+def _chained(
+    operands: Sequence[_Operand], border: int | None, shorter: GraphModule, longer: GraphModule
+) -> GraphModule:
+    """One of two branches as a graph of its own."""
+    body = Graph()
+    given = _placeholders(body, operands)
+    compared = body.call_function(operator.le, (given[0], border))
+    arms = body.get_attr("shorter"), body.get_attr("longer")
+    both = body.call_function(torch.ops.higher_order.cond, (compared, *arms, tuple(given)))
+    body.output((body.call_function(operator.getitem, (both, 0)),))
+    return GraphModule({"shorter": shorter, "longer": longer}, body)
+
+
+def _bodies(graph: GraphModule, site: Site, outputs: Sequence[Node]) -> dict[Node, list[Node]] | Rejection:
+    """The nodes that the branch of each output holds.
+
+    Torch takes no operands that share memory: views of one tensor (q, k and v of one product) move into the branches.
+    """
+    boundary = [site.q.node, site.k.node, site.v.node, *site.captured]
+    found: dict[Node, list[Node]] = {}
+    for _ in range(2):
+        for output in outputs:
+            members = _members(graph, boundary, output)
+            if isinstance(members, Rejection):
+                return members
+            found[output] = members
+        bases = [_base(n) for n in _read(found) if isinstance(value_of(n), torch.Tensor)]
+        if len(set(bases)) == len(bases):
+            return found
+        boundary = [_base(n) if bases.count(_base(n)) > 1 else n for n in boundary]
+    return Rejection("branches", "the attention reads several views of one tensor")
+
+
+def _read(bodies: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """What the branches need from outside."""
+    found: set[Node] = set()
+    for body in bodies.values():
+        found |= {a for n in body for a in n.all_input_nodes} - set(body)
+    return found
+
+
+def _base(node: Node) -> Node:
+    """The tensor that a node may be a view of; itself if of none."""
+    while True:
+        made = node.all_input_nodes[0] if node.target is operator.getitem else node
+        target = made.target
+        if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in target._schema.returns):
+            return node
+        node = made.all_input_nodes[0]
+
+
+def _members(graph: GraphModule, boundary: Sequence[Node], output: Node) -> list[Node] | Rejection:
+    """The nodes that a branch with this output holds: what lies between it and the boundary, what the site reads.
+
+    Masks that several sites share are made again in each branch, and not at all in those that have no use for them.
+    What the boundary needs anyway stays outside, and so do sizes.
+    """
+    outside = _ancestors(boundary)
+    found: set[Node] = set()
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        if node in found or node in outside or node.op == "placeholder" or _is_outside(node, outside):
+            continue
+        if node.op == "get_attr":
+            if isinstance(getattr(graph, str(node.target), None), GraphModule):
+                return Rejection("branches", "a higher-order operator is part of the attention")
+            continue
+        problem = _immovable(node)
+        if problem is not None:
+            return problem
+        found.add(node)
+        stack.extend(node.all_input_nodes)
+    return [n for n in graph.graph.nodes if n in found]
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _is_outside(node: Node, outside: set[Node]) -> bool:
+    """Whether a node is a size that depends on nothing inside of the branch."""
+    return isinstance(value_of(node), int | torch.SymInt) and all(
+        a in outside or a.op == "placeholder" or _is_outside(a, outside) for a in node.all_input_nodes
+    )
+
+
+def _immovable(node: Node) -> Rejection | None:
+    """Why a node can't be computed inside of a branch."""
+    target, value = node.target, value_of(node)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
+        return None  # arithmetic of sizes
+    if "attncomp_opaque" in node.meta or not (isinstance(target, torch._ops.OpOverload) or target is operator.getitem):
+        return Rejection("branches", f"{node.name} can't be moved into a branch")
+    if isinstance(target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in target.tags and not _without_dropout(node)
+        if target._schema.is_mutable or random:
+            return Rejection("branches", f"{target} writes or draws random numbers")
+    floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    flows = any(a.meta.get("attncomp_grad") for a in node.all_input_nodes)
+    if floating and flows and not node.meta.get("attncomp_grad") and name_of(node) != "detach":
+        return Rejection("branches", f"gradients are off at {node.name}")
+    return None
+
+
+def _without_dropout(node: Node) -> bool:
+    """Fused attention, whose dropout is the site's, and dropout that is off."""
+    if name_of(node) == "dropout":
+        return argument(node, 1, "p") == 0 or argument(node, 2, "train") is False
+    return "scaled_dot_product" in name_of(node)
+
+
+def _memory_order(value: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions by descending stride, as likely sizes have it."""
+    strides = [hint(s) for s in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
