@@ -70,7 +70,7 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
     """
     source = softmax.args[0]
     assert isinstance(source, Node)
-    consumers, path, escape = _forward(softmax)
+    consumers, path, escape = weights_path(softmax)
     if not reaches_contraction(source):
         return []  # a router, a classifier head: nothing to fuse
     if not consumers:
@@ -278,7 +278,7 @@ def _sinks(reader: Reader, source: Node, index: Index, dim: int, columns: Expr) 
     return [reader.at(source, (*index[:dim], at, *index[dim + 1 :])) for at in others]
 
 
-def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
+def weights_path(start: Node) -> tuple[list[Node], set[Node], Node | None]:
     """The contractions that the weights reach, the nodes on the way, and one user that is neither (or None)."""
     consumers: list[Node] = []
     path = {start}
