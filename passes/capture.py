@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from attncomp.passes.anchors import marks
 from attncomp.passes.autocast import explicit_casts, with_regions
 from attncomp.passes.capture_parts import capture_parts
+from attncomp.passes.dropouts import explicit_dropouts
 from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.inference_mode import without_inference_mode
 from attncomp.passes.inline import Checkpoint, inline
@@ -77,11 +78,13 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined
-    original, dynamo_graph = dynamo_graph, without_inference_mode(with_regions(inlined.graph))
+    graph_of_regions = without_inference_mode(with_regions(inlined.graph))
+    plain = graph_of_regions is dynamo_graph
+    dynamo_graph = explicit_dropouts(graph_of_regions)
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     depth = functorch_depth()
     try:
-        graph, lifted, targets = _traced(dynamo_graph, inputs, plain=dynamo_graph is original)
+        graph, lifted, targets = _traced(dynamo_graph, inputs, plain=plain)
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         leave_functorch(depth)
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
