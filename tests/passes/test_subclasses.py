@@ -33,7 +33,7 @@ class Quantised(Tensor):
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
 
-    def __repr__(self, **_: Any) -> str:  # torch's logs print it without values
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's logs print it without values
         return f"Quantised({list(self.shape)})"
 
     @classmethod
