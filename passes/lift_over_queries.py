@@ -10,7 +10,7 @@ from torch.fx import Node
 from attncomp import polynomial
 from attncomp.expr import Axis, Const, Weight, axes_of, loads_of, substitute
 from attncomp.passes.axes import Axes, split_merged
-from attncomp.passes.contraction import contract, summed_size
+from attncomp.passes.contraction import contract, is_data, summed_size
 from attncomp.passes.lift_linear import normalised_after
 from attncomp.passes.mask import row_normaliser
 from attncomp.passes.nodes import argument, shape_of, value_of
@@ -86,8 +86,8 @@ def lift_over_queries(graph: torch.fx.GraphModule, softmax: Node, output: Node) 
     assert not isinstance(made, Rejection)
     if made.spec.weight != Weight():
         yield Rejection("values-scaled", "values with a factor of their own beside a softmax over the queries")
-    if softmax not in made.covered():
-        yield None  # the weights are used otherwise
+    if softmax not in made.covered() or not (is_data(made.k.node) and is_data(made.v.node)):
+        yield None  # the weights are used otherwise; or weights of several heads go through a layer
     eps = float(rest.value) if isinstance(rest, Const) else 0.0
     normaliser = Normaliser("none") if normalised is None else Normaliser("sum", eps)
     program = substitute(after_softmax, {Weight(): over_queries(made.spec, made.spec.program)})
