@@ -14,12 +14,12 @@ import attncomp
 
 
 class Block(nn.Module):
-    """Over x (batch, tokens, width): a windowed attention, and a near miss whose softmax runs over the queries."""
+    """Over x (batch, tokens, width): a windowed attention, and a near miss whose softmax runs over the heads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.unflatten(-1, (4, -1)).transpose(1, 2)
         local = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.window(x.shape[1]))
-        odd = (heads @ heads.transpose(-2, -1)).softmax(dim=-2) @ heads
+        odd = (heads @ heads.transpose(-2, -1)).softmax(dim=1) @ heads
         return (local + odd).transpose(1, 2).flatten(-2)
 
     def window(self, tokens: int) -> torch.Tensor:

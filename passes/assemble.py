@@ -60,12 +60,16 @@ def assemble(
     dropout: float,
     half: bool,
     normaliser: Normaliser | None,
-    split: Callable[[Expr, bool], Masked] | None,
+    split: Callable[[Expr, bool], Masked],
     minus_infinity: Callable[[Expr], bool],
     empty: Literal["zero", "nan"] = "nan",
     sink: Expr | None = None,
+    over: str | None = None,
 ) -> Site | Rejection:
-    """The site, from what each contraction reads and the program between them (which still loads `score_load`)."""
+    """The site, from what each contraction reads and the program between them (which still loads `score_load`).
+
+    split: takes the mask out of a softmax's program. over: the axis that must be that of the queries.
+    """
     extents = reader.extents
     names = axes.names()
     weight_axes = axes_of(score_load) | axes_of(program)
@@ -79,6 +83,8 @@ def assemble(
         widths = ["width"]  # values of width 1
         extents["width"] = ONE
     width = widths[0]
+    if over is not None and over not in rows:
+        return Rejection("softmax-axis", "the axis of the softmax is not that of the queries alone")
     if not rows:
         single = [p for p, e in enumerate(axes.index) if e == ZERO]
         if single:
@@ -91,7 +97,7 @@ def assemble(
             row = "row"  # one query for each of the batch: the output has no axis for it
             extents["row"] = ONE
     else:
-        row = rows[-1]
+        row = over or rows[-1]
     batch = tuple(n for n in names if n not in (row, width))
     extents["d"] = extents.get("d", ONE)
     if any(s == ZERO for s in (*extents.values(), extents["d"])):
@@ -256,7 +262,7 @@ def _take_mask(
     kind: str,
     program: Expr,
     half: bool,
-    split: Callable[[Expr, bool], Masked] | None,
+    split: Callable[[Expr, bool], Masked],
     minus_infinity: Callable[[Expr], bool],
     low: Callable[[str], bool],
     normaliser: Normaliser | None,
@@ -267,7 +273,6 @@ def _take_mask(
     if kind != "softmax":
         values, mask = split_zeros(program)
         return values, mask, normaliser or Normaliser("none"), prove(mask, extents)
-    assert split is not None
     masked = split(program, half)
     mask, reasons = by_index(masked.mask, partial(consecutive, reader))
     proof = prove(mask, extents, reasons)

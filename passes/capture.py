@@ -22,12 +22,14 @@ from torch.fx import GraphModule, Node
 from attncomp.passes.anchors import marks
 from attncomp.passes.autocast import explicit_casts, with_regions
 from attncomp.passes.capture_parts import capture_parts
+from attncomp.passes.dropouts import explicit_dropouts
 from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.inference_mode import without_inference_mode
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.opaque import opaque, restore
+from attncomp.passes.subclasses import hide_subclasses, show_subclasses
 from attncomp.passes.vmapped import Segment
 from attncomp.passes.vmaps import functorch_depth, leave_functorch, without_vmap
 from attncomp.passes.writes import explicit_writes
@@ -77,15 +79,23 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined
-    original, dynamo_graph = dynamo_graph, without_inference_mode(with_regions(inlined.graph))
+    graph_of_regions = without_inference_mode(with_regions(inlined.graph))
+    plain = graph_of_regions is dynamo_graph
+    dynamo_graph = explicit_dropouts(graph_of_regions)
+    given = [n for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+    hidden = hide_subclasses(dynamo_graph, inputs, len(inlined.kept))
+    if isinstance(hidden, Rejection):
+        return hidden
     grad_inputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
     depth = functorch_depth()
     try:
-        graph, lifted, targets = _traced(dynamo_graph, inputs, plain=dynamo_graph is original)
+        graph, lifted, targets = _traced(hidden.graph, hidden.only_given(inputs), plain and not hidden.segments)
     except Exception as error:  # any failure of torch's tracer means the same: not ours to change
         leave_functorch(depth)
         return Rejection("capture-failed", f"{type(error).__name__}: {_first_line(error)}")
-    restore(graph, inlined.kept)
+    kept = (*inlined.kept, *hidden.segments)
+    restore(graph, kept)
+    show_subclasses(graph, hidden, given, inputs)
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(lifted) + len(inputs):
         return Rejection(
@@ -101,7 +111,6 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     for node in list(graph.graph.nodes):
         if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
             graph.graph.erase_node(node)
-    given = [n for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
     for node, source in zip(placeholders[len(lifted) :], given, strict=True):
         example = getattr(source.meta.get("grapharg"), "example", None)
         if isinstance(example, torch.Tensor):  # the values that the graph is compiled with; not kept alive for that
@@ -115,7 +124,7 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
     _mark_gradients(graph, [*(isinstance(t, torch.nn.Parameter) and t.requires_grad for t in lifted), *grad_inputs])
     graph.graph.lint()
     graph.recompile()
-    segments = {n: item for n, item in enumerate(inlined.kept) if isinstance(item, Segment)}
+    segments = {n: item for n, item in enumerate(kept) if isinstance(item, Segment)}
     for node in graph.graph.nodes:
         if node.target is opaque:
             node.meta["attncomp_segment"] = segments[node.args[1]]

@@ -215,7 +215,33 @@ def _labels(node: Node) -> tuple[Node, Node, str, str, str]:
     return found
 
 
-def reaches_contraction(node: Node, depth: int = 24) -> bool:
+def layer_between(node: Node) -> Node | None:
+    """The layer of learned weights between `node` and a contraction below it, as one that mixes heads; else None.
+
+    Scores of heads have four dimensions; the gates of experts, which come from layers too, have fewer.
+    """
+    if value_of(node).dim() < 4:
+        return None
+    seen: set[Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current in seen or current.op != "call_function" or len(seen) > _FAR:
+            continue
+        seen.add(current)
+        if name_of(current) in _LAYERS and isinstance(source := current.args[0], Node):
+            if reaches_contraction(source):
+                return current
+        elif not is_contraction(current):
+            queue.extend(current.all_input_nodes)
+    return None
+
+
+_LAYERS = ("linear", "conv2d", "conv1d", "embedding", "addmm")
+_FAR = 24
+
+
+def reaches_contraction(node: Node, depth: int = _FAR) -> bool:
     """Whether pointwise operations and views lead back from `node` to a contraction."""
     seen: set[Node] = set()
     queue = [(node, 0)]
@@ -226,7 +252,7 @@ def reaches_contraction(node: Node, depth: int = 24) -> bool:
         seen.add(current)
         if is_contraction(current):
             return True
-        if name_of(current) in ("linear", "conv2d", "conv1d", "embedding", "addmm"):  # layers; contractions are above
+        if name_of(current) in _LAYERS:  # learned; contractions are above
             continue
         queue.extend((a, steps + 1) for a in current.all_input_nodes)
     return False

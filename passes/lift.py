@@ -7,6 +7,8 @@ why not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
@@ -14,8 +16,9 @@ from attncomp.passes.contraction import is_contraction
 from attncomp.passes.distribute import DISTRIBUTED, distribute, put_back
 from attncomp.passes.lift_flex import is_flex, lift_flex, result_of
 from attncomp.passes.lift_linear import lift_linear
+from attncomp.passes.lift_over_queries import lift_over_queries
 from attncomp.passes.lift_sdpa import lift_sdpa
-from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax
+from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax, weights_path
 from attncomp.passes.nodes import name_of
 from attncomp.passes.site import Missed, Site, attempted, missed
 from attncomp.variant import Rejection
@@ -45,6 +48,8 @@ def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
         anchor = node
         if name_of(node) in _SOFTMAX:
             results = lift_softmax(graph, node)
+            over = _over_queries(graph, node, results)
+            results = results if over is None else [over]
         elif name_of(node) == "scaled_dot_product_attention":
             result = attempted(lift_sdpa(graph, node))
             results = [] if result is None else [result]
@@ -67,6 +72,18 @@ def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
                 claimed |= result.covered()
     order = {node: n for n, node in enumerate(graph.graph.nodes)}
     return sorted(found, key=lambda s: order[s.anchor])
+
+
+def _over_queries(
+    graph: torch.fx.GraphModule, softmax: Node, results: Sequence[Site | Missed | Rejection]
+) -> Site | Missed | Rejection | None:
+    """The attention of a softmax over the queries, where none over the keys was found for that reason."""
+    if len(results) != 1 or not isinstance(results[0], Rejection) or name_of(softmax) in LOG_SOFTMAX:
+        return None
+    products, _, _ = weights_path(softmax)
+    if results[0].code not in ("softmax-axis", "weights-escape") or len(products) != 1:
+        return None
+    return attempted(lift_over_queries(graph, softmax, products[0]))
 
 
 def _reported(kind: str, anchor: Node, result: Site | Missed | Rejection) -> Site | Missed:

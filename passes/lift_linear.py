@@ -63,7 +63,7 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
             if inner is not None:
                 normalised, program = inner
         if normalised is None:
-            after = _normalised_after(reader, output, axes, weight)
+            after = normalised_after(reader, output, axes, weight)
             if after is not None:
                 last, normalised = after[0], (weight, after[1])
         rest = None
@@ -146,7 +146,7 @@ def _roles(names: frozenset[str], axes: Axes, key: Axis) -> set[str]:
     return ({"j"} if key.name in names else set()) | ({"i"} if names & own else set())
 
 
-def _normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) -> tuple[Node, Expr | None] | None:
+def normalised_after(reader: Reader, output: Node, axes: Axes, weight: Expr) -> tuple[Node, Expr | None] | None:
     """``(w @ v) / (w.sum(-1, keepdim=True) + eps)``: the division after the product, if it alone reads it."""
     if len(output.users) != 1:
         return None

@@ -8,7 +8,7 @@ from torch.fx import Node
 from attncomp import polynomial
 from attncomp.expr import ONE, ZERO, Const, Expr, Load, Weight, add, axes_of, loads_of, op, sub, substitute
 from attncomp.passes.axes import Axes, split_merged
-from attncomp.passes.contraction import contract, is_contraction, reaches_contraction, summed_size
+from attncomp.passes.contraction import contract, is_contraction, layer_between, reaches_contraction, summed_size
 from attncomp.passes.distribute import DISTRIBUTED
 from attncomp.passes.join import Part, joined
 from attncomp.passes.nodes import Index, argument, name_of, shape_of, value_of
@@ -59,6 +59,9 @@ search."""
 _SLICES = frozenset(("slice", "narrow", "getitem", "split", "split_with_sizes", "tensor_split", "chunk", "select"))
 """What takes a part of the weights: columns that take weight and meet no values, or one of several weights."""
 
+_MIXING = ("linear", "conv2d")
+"""Layers that mix heads."""
+
 MOST_SINKS = 4
 """Columns beside the keys that may take weight."""
 
@@ -70,14 +73,19 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
     """
     source = softmax.args[0]
     assert isinstance(source, Node)
-    consumers, path, escape = _forward(softmax)
+    consumers, path, escape = weights_path(softmax)
     if not reaches_contraction(source):
-        return []  # a router, a classifier head: nothing to fuse
+        after = escape is not None and name_of(escape) in _MIXING
+        layer = layer_between(source) if consumers or after else None
+        # without one it is a router, a classifier head: nothing to fuse
+        return [] if layer is None else [_mixed(f"the scores go through {layer.name} before the softmax")]
     if not consumers:
         used = escape.name if escape is not None else "nothing"
         is_output = escape is not None and escape.op == "output"
         if not _scores_only(source):
             return []
+        if escape is not None and name_of(escape) in _MIXING and value_of(softmax).dim() >= 4:
+            return [_mixed(f"the weights go through {used} before they meet values")]
         where = "the output" if is_output else used
         return [Rejection("no-value-contraction", f"the weights go to {where}, not to a product with values")]
     if escape is not None:
@@ -100,6 +108,10 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
             return [Rejection("weights-used-twice", reason)]
         found.append(made)
     return found
+
+
+def _mixed(how: str) -> Rejection:
+    return Rejection("heads-mixed", f"{how}: each head's weights need all heads' scores (talking heads)")
 
 
 def _lift_product(graph: torch.fx.GraphModule, softmax: Node, output: Node, path: set[Node]) -> Attempt:
@@ -278,7 +290,7 @@ def _sinks(reader: Reader, source: Node, index: Index, dim: int, columns: Expr) 
     return [reader.at(source, (*index[:dim], at, *index[dim + 1 :])) for at in others]
 
 
-def _forward(start: Node) -> tuple[list[Node], set[Node], Node | None]:
+def weights_path(start: Node) -> tuple[list[Node], set[Node], Node | None]:
     """The contractions that the weights reach, the nodes on the way, and one user that is neither (or None)."""
     consumers: list[Node] = []
     path = {start}

@@ -85,6 +85,11 @@ def split_mask(program: Expr, half: bool = False, scale: float = 1.0) -> Masked:
     return Masked(program, TRUE, False)
 
 
+def unmasked(program: Expr, half: bool = False) -> Masked:
+    """The program as it is, with its masks as arithmetic."""
+    return Masked(program, TRUE, False)
+
+
 def _is_additive(e: Expr) -> bool:
     return isinstance(e, Op) and e.name in ("add", "where")
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, track_tensor_tree
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attncomp.variant import Rejection
 
@@ -126,10 +127,10 @@ def _impure(body: GraphModule, operator: str) -> str | None:
     given: set[Any] = set()
     for node in body.graph.nodes:
         if node.op == "placeholder":
-            given |= _memory(node)
+            given |= memory(node)
         elif node.op == "output":
             for result in _returned(node, operator):
-                if _memory(result) & given:
+                if memory(result) & given:
                     return f"{result} shares memory with an operand"
         elif isinstance(node.target, HigherOrderOperator):
             inner = str(node.target.name())
@@ -167,9 +168,17 @@ def writes(node: Node) -> str | None:
     return None
 
 
-def _memory(node: Node) -> set[Any]:
-    values = pytree.tree_leaves(node.meta.get("example_value"))
-    return {x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor)}
+def memory(node: Node) -> set[Any]:
+    """The storages of what a node of a Dynamo graph gives; those inside of a tensor subclass too."""
+    found = set()
+    queue = pytree.tree_leaves(node.meta.get("example_value"))
+    while queue:
+        x = queue.pop()
+        if is_traceable_wrapper_subclass(x):
+            queue.extend(getattr(x, name) for name in x.__tensor_flatten__()[0])
+        elif isinstance(x, torch.Tensor):
+            found.add(x.untyped_storage()._cdata)
+    return found
 
 
 def _fresh(results: Results) -> Any:

@@ -16,6 +16,7 @@ from attncomp.passes.capture import Captured, capture
 from attncomp.passes.chooser import Chooser, Chosen
 from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
+from attncomp.passes.layouts import NESTED, without_strides
 from attncomp.passes.lengths import Span
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import Traces, lower, replace
@@ -67,12 +68,13 @@ def rewrite(
         return Report(tuple(sites), fallback, device, policy.canonical(), sum(clock.stages.values()), clock.taken())
 
     device = ""
-    if not may_hold_attention(dynamo_graph):
-        return Rewritten(None, report((), None))
+    unread = without_strides(dynamo_graph)
+    if not may_hold_attention(dynamo_graph):  # that of nested tensors may be outside, where Dynamo breaks the graph
+        return Rewritten(None, report((), str(unread) if unread is not None and unread.code == NESTED else None))
     captured = capture(dynamo_graph, inputs)
     clock.stage("capture")
     if isinstance(captured, Rejection):
-        return Rewritten(None, report((), str(captured)))
+        return Rewritten(None, report((), str(unread or captured)))
     graph = captured.graph
     found = lift(graph)
     clock.stage("lift")

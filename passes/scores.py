@@ -13,7 +13,7 @@ from attncomp.passes.assemble import assemble
 from attncomp.passes.axes import Axes
 from attncomp.passes.contraction import contract, is_contraction, summed_size
 from attncomp.passes.join import JoinedScores, joined_scores
-from attncomp.passes.mask import may_be_minus_infinity, split_mask
+from attncomp.passes.mask import may_be_minus_infinity, split_mask, unmasked
 from attncomp.passes.nodes import Index, shape_of, value_of
 from attncomp.passes.reader import Reader
 from attncomp.passes.shift import without_shift
@@ -40,14 +40,17 @@ def site_of_program(
     sinks: Sequence[Expr] = (),
     columns: Expr | None = None,
     keys: Expr | None = None,
+    over: str | None = None,
 ) -> Site | Rejection:
     """The site of a program that still loads the first contraction, which is found here with its operands.
 
     sinks: logits of columns of a softmax that meet no values. columns: how many it has, with the keys.
     keys: how many the scores are for, as their own tensor says.
+    over: the axis that a softmax normalises, if that is not the keys: what the program says of a row does not cancel.
     """
     reasons: list[str] = []
-    whole = joined_scores(reader, program, output) if kind == "softmax" else None
+    by_row = kind == "softmax" and over is None
+    whole = joined_scores(reader, program, output) if by_row else None
     candidates = [] if whole is None else [whole]
     for load in loads_of(program):
         found = _contracted(reader, load, keys)
@@ -59,7 +62,7 @@ def site_of_program(
         program, load = c.program, c.score
         reader.extents["d"] = from_symint(summed_size(reader.nodes[load.tensor]))
         shifted, logits = program, tuple(sinks)
-        if kind == "softmax":
+        if by_row:
             shifted, logits = without_shift(reader, program, load, sinks, columns or reader.extents["j"])
         made = assemble(
             reader,
@@ -77,8 +80,9 @@ def site_of_program(
             dropout=dropout,
             half=half,
             normaliser=normaliser,
-            split=split_mask if kind == "softmax" else None,
+            split=split_mask if by_row else unmasked,
             minus_infinity=may_be_minus_infinity,
+            over=over,
         )
         if isinstance(made, Site):
             return made

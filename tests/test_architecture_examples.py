@@ -226,6 +226,11 @@ def sigmoid(x: Tensors) -> Tensor:
     return _linear(x, torch.sigmoid(_scores(x) - math.log(N)))
 
 
+def slots(x: Tensors) -> Tensor:
+    weights = _scores(x).softmax(-2)
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-8)) @ x["v"]
+
+
 def paged(x: Tensors) -> Tensor:
     rows = []
     for s, length in enumerate((24, 17)):
@@ -288,6 +293,7 @@ EXPECTED: dict[str, Callable[[Tensors], Tensor]] = {
     "Gated delta rule and KDA": delta,
     "mLSTM": mlstm,
     "Sigmoid attention": sigmoid,
+    "Slot attention": slots,
     "Paged K/V": paged,
     "Quantised K/V": quantised,
     "Shared prefixes": shared_prefix,

@@ -36,7 +36,7 @@ def test_explain() -> None:
     assert "mask causal & window(128)" in said
     assert re.search(r"examples/explain\.py:\d+", said), "the user's own source line"
     kept = [line for line in said.splitlines() if "explain.py:" in line and ", kept: " in line]
-    assert kept, "the softmax over the queries is not attention"
+    assert kept, "the softmax over the heads is not attention"
 
 
 def test_policy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attncomp.codegen.variants.blocked import BLOCKED
+from attncomp.codegen.variants.blocked_keys import BLOCKED_KEYS
 from attncomp.codegen.variants.checked import VENDOR_CPU_FLASH_CHECKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.tiled import TILED
@@ -20,4 +21,5 @@ VARIANTS: tuple[Variant, ...] = (
     TILED,
     TILED_CHECKED,
     BLOCKED,
+    BLOCKED_KEYS,
 )

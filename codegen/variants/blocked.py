@@ -56,46 +56,11 @@ class Blocked:
             return Rejection("recurrence", "blocks carry no state from key to key")
         if spec.dropout > 0 and request.device != "cpu":
             return Rejection("dropout", "each block's random numbers are drawn from a seed that the host must know")
-        if operands(spec) is None:
-            return Rejection(
-                "access", "the score is not a product of one load over queries and one over keys, or v is not one load"
-            )
-        dtypes = [t.dtype for t in spec.tensors[:3]]
-        if not set(dtypes) <= set(FLOATS):
-            return Rejection("dtype", f"q, k, v are {', '.join(dtypes)}; blocks take floating-point tensors")
-        if spec.dtype != dtypes[0]:
-            return Rejection("output-dtype", f"the output is {spec.dtype}, q is {dtypes[0]}; blocks give what q is")
-        if is_trained(spec):
-            missing = missing_derivative(spec)
-            if missing is not None:
-                return Rejection("no-derivative", f"no rule differentiates {missing}")
-        return Offer({"elements": ELEMENTS[request.device]}, self._work(request))
-
-    def _work(self, request: Request) -> Work:
-        spec, n = request.spec, request.hints
+        if contains(spec.program, Sum) or contains(spec.weight, Sum):
+            return Rejection("inner-sum", "the program sums over a further axis, for which a block has no room")
         blocks, covered = coverage(request)
-        pairs = float(n["b"] * n["h"] * covered)
-        narrow = spec.tensors[0].dtype != "float64"
-        operations = whole_operations(spec)
-
-        def steps(products: float, passes: float) -> Work:
-            """`products`: widths summed over the contractions."""
-            work = Work(
-                flops=2 * pairs * products,
-                bytes=float(n["b"] * n["h"] * (n["i"] + n["j"]) * products * (4 if narrow else 8)),
-                launches=BLOCK_START * blocks,
-                efficiency=PRODUCT_SHARE,
-                dtype="float32" if narrow else "float64",
-            )
-            if request.device == "cuda":
-                return work + Work(flops=0.0, bytes=pairs * GPU_PASS_BYTES * passes)
-            return work + Work(flops=0.0, bytes=0.0, exps=pairs * passes)
-
-        d, e = float(n["d"]), float(n["e"])
-        work = steps(d + e, FORWARD_PASSES + OPERATION_PASSES * operations)
-        if is_trained(spec):
-            work += steps(3 * d + 2 * e, BACKWARD_PASSES + 2 * OPERATION_PASSES * operations)
-        return work
+        work = block_work(request, blocks, covered, whole_operations(spec.program, spec.weight))
+        return form(spec) or Offer({"elements": ELEMENTS[request.device]}, work)
 
     def build(
         self,
@@ -169,6 +134,21 @@ class Blocked:
         return [grads[name].to(site.tensors[name].dtype) for name in learned]
 
 
+def form(spec: AttentionSpec) -> Rejection | None:
+    """Why blocks can't read the operands or differentiate the programs of a spec; None if they can."""
+    if operands(spec) is None:
+        return Rejection(
+            "access", "the score is not a product of one load over queries and one over keys, or v is not one load"
+        )
+    dtypes = [t.dtype for t in spec.tensors[:3]]
+    if not set(dtypes) <= set(FLOATS):
+        return Rejection("dtype", f"q, k, v are {', '.join(dtypes)}; blocks take floating-point tensors")
+    if spec.dtype != dtypes[0]:
+        return Rejection("output-dtype", f"the output is {spec.dtype}, q is {dtypes[0]}; blocks give what q is")
+    missing = missing_derivative(spec) if is_trained(spec) else None
+    return None if missing is None else Rejection("no-derivative", f"no rule differentiates {missing}")
+
+
 def _final(site: Site, box: Box, weight: torch.Tensor) -> torch.Tensor:
     """What multiplies the values, from the normalised weight."""
     spec = site.plan.spec
@@ -205,8 +185,8 @@ def _backward_block(
     if not isinstance(spec.weight, Weight):
         grid = site.grid(box.ranges, weight=weight)
         for load in learned_in(spec.weight, grads):
-            add_to_load(grads[load.tensor], load, change * _slope(spec.weight, load, grid), grid)
-        change = change * _slope(spec.weight, Weight(), grid)
+            add_to_load(grads[load.tensor], load, change * slope_of(spec.weight, load, grid), grid)
+        change = change * slope_of(spec.weight, Weight(), grid)
 
     if w.row is not None:  # through the normaliser: softmax and sum take the row's mean away
         plain = isinstance(spec.weight, Weight)
@@ -216,12 +196,14 @@ def _backward_block(
         if w.sink is not None and spec.normaliser.sink is not None:
             sink, grid = spec.normaliser.sink, site.grid({**box.ranges, "j": (0, 1)})
             for load in learned_in(sink, grads):
-                add_to_load(grads[load.tensor], load, -mean * w.sink * _slope(sink, load, grid), grid)
+                add_to_load(grads[load.tensor], load, -mean * w.sink * slope_of(sink, load, grid), grid)
     change = w.hidden.fill(change, 0.0)
 
     grid = site.grid(box.ranges, score=w.score)
     for load in learned_in(spec.program, grads):
-        part = w.hidden.fill(change * _slope(spec.program, load, grid), 0.0)  # a slope may overflow where it is hidden
+        part = w.hidden.fill(
+            change * slope_of(spec.program, load, grid), 0.0
+        )  # a slope may overflow where it is hidden
         add_to_load(grads[load.tensor], load, part, grid)
     slope = _derivative(spec.program, Score())
     if isinstance(slope, Const):
@@ -233,7 +215,7 @@ def _backward_block(
     reader.add_key(box, change.transpose(-1, -2) @ reader.query(box), grads)
 
 
-def _slope(e: Expr, leaf: Expr, grid: Grid) -> torch.Tensor:
+def slope_of(e: Expr, leaf: Expr, grid: Grid) -> torch.Tensor:
     return evaluate_tensor(_derivative(e, leaf), grid)
 
 
@@ -288,11 +270,37 @@ def coverage(request: Request) -> tuple[int, float]:
     return math.ceil(boxes * share), pairs * share
 
 
-def whole_operations(spec: AttentionSpec) -> int:
-    """Operations of the program and the weight program on whole blocks, beside the scale."""
+def block_work(request: Request, blocks: int, covered: float, operations: int) -> Work:
+    """What blocks cost: `covered` pairs (i, j) of each head, `operations` on whole blocks beside the scale."""
+    spec, n = request.spec, request.hints
+    pairs = float(n["b"] * n["h"] * covered)
+    narrow = spec.tensors[0].dtype != "float64"
+
+    def steps(products: float, passes: float) -> Work:
+        """`products`: widths summed over the contractions."""
+        work = Work(
+            flops=2 * pairs * products,
+            bytes=float(n["b"] * n["h"] * (n["i"] + n["j"]) * products * (4 if narrow else 8)),
+            launches=BLOCK_START * blocks,
+            efficiency=PRODUCT_SHARE,
+            dtype="float32" if narrow else "float64",
+        )
+        if request.device == "cuda":
+            return work + Work(flops=0.0, bytes=pairs * GPU_PASS_BYTES * passes)
+        return work + Work(flops=0.0, bytes=0.0, exps=pairs * passes)
+
+    d, e = float(n["d"]), float(n["e"])
+    work = steps(d + e, FORWARD_PASSES + OPERATION_PASSES * operations)
+    if is_trained(spec):
+        work += steps(3 * d + 2 * e, BACKWARD_PASSES + 2 * OPERATION_PASSES * operations)
+    return work
+
+
+def whole_operations(program: Expr, weight: Expr) -> int:
+    """Operations of a program and a weight program on whole blocks, beside the scale."""
     found = {
         node
-        for e in (spec.program, spec.weight)
+        for e in (program, weight)
         for node in walk(e)
         if isinstance(node, Op) and (contains(node, Score) or contains(node, Weight) or {"i", "j"} <= axes_of(node))
     }
