@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
 from attncomp.passes.anchors import may_hold_attention
+from attncomp.passes.bodies import Body, bodies
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.choose import Choice, choose
 from attncomp.passes.distribute import put_back
@@ -65,48 +66,86 @@ def rewrite(
 
     check_values: also compare each rewritten site with the original on random inputs. apply: False only analyses.
     """
-    clock = _Clock()
+    run = _Run(policy, variants, fingerprints, check_values, apply)
+    captured, sites = run.graph(dynamo_graph, inputs)
+    fallback = str(captured) if isinstance(captured, Rejection) else None
+    stages = run.clock.taken()
+    report = Report(tuple(sites), fallback, run.device, policy.canonical(), sum(s for _, s in stages), stages)
+    return Rewritten(captured if isinstance(captured, Captured) else None, report)
 
-    def report(sites: Sequence[SiteReport], fallback: str | None) -> Report:
-        return Report(tuple(sites), fallback, device, policy.canonical(), sum(clock.stages.values()), clock.taken())
 
-    device = ""
-    if not may_hold_attention(dynamo_graph):
-        return Rewritten(None, report((), None))
-    captured = capture(dynamo_graph, inputs)
-    clock.stage("capture")
-    if isinstance(captured, Rejection):
-        return Rewritten(None, report((), str(captured)))
-    graph = captured.graph
-    found = lift(graph)
-    clock.stage("lift")
-    values = Values.of(graph, (*captured.lifted, *inputs))
-    reports = []
-    traces: Traces = {}
-    for item in found:
-        device = device or str(tensor_of(item.anchor).device)
+@dataclass
+class _Run:
+    """The passes over one graph and the bodies of its operators.
+
+    device: of the first attention that was found. Other fields as in `rewrite`.
+    """
+
+    policy: Policy
+    variants: Sequence[Variant]
+    fingerprints: Mapping[str, str]
+    check_values: bool
+    apply: bool
+    device: str = ""
+    clock: _Clock = field(default_factory=lambda: _Clock())
+
+    def graph(
+        self, dynamo_graph: GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Captured | Rejection | None, list[SiteReport]]:
+        """The graph, rewritten (None: nothing in it can be attention), and its sites."""
+        if not may_hold_attention(dynamo_graph):
+            return None, []
+        captured = capture(dynamo_graph, inputs)
+        self.clock.stage("capture")
+        if isinstance(captured, Rejection):
+            return captured, []
+        graph = captured.graph
+        found = lift(graph)
+        self.clock.stage("lift")
+        values = Values.of(graph, (*captured.lifted, *inputs))
+        traces: Traces = {}
+        reports = [self._site(graph, item, values, traces) for item in found]
+        if self.apply:
+            put_back(graph)
+            _remove_dead(graph)
+            restore_segments(graph, captured.segments)
+        self.clock.stage("lower")
+        for body in bodies(graph):
+            reports.extend(self._body(graph, body))
+        if self.apply:
+            problem = outline(graph, captured.checkpoints)
+            if problem is not None:
+                return problem, []
+        self.clock.stage("lower")
+        return captured, reports
+
+    def _site(self, graph: GraphModule, item: Site | Missed, values: Values, traces: Traces) -> SiteReport:
+        device = str(tensor_of(item.anchor).device)
+        self.device = self.device or device
         if isinstance(item, Missed):
-            reports.append(_missed(item))
-            continue
-        if device.startswith("cpu"):  # elsewhere a check would wait for the device
+            return _missed(item)
+        if self.device.startswith("cpu"):  # elsewhere a check would wait for the device
             hints = size_hints(item)
             item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
-        request, choice = _choose(item, policy, variants, fingerprints)
-        clock.stage("choose")
+        request, choice = _choose(item, self.policy, self.variants, self.fingerprints)
+        self.clock.stage("choose")
         failure = None
-        if choice.plan is not None and choice.variant is not None and apply:
-            failure = _apply(graph, item, choice, check_values, traces)
-        clock.stage("lower")
-        reports.append(_site_report(item, request, choice, failure))
-    if apply:
-        put_back(graph)
-        _remove_dead(graph)
-        restore_segments(graph, captured.segments)
-        problem = outline(graph, captured.checkpoints)
-        if problem is not None:
-            return Rewritten(None, report((), str(problem)))
-    clock.stage("lower")
-    return Rewritten(captured, report(reports, None))
+        if choice.plan is not None and choice.variant is not None and self.apply:
+            failure = _apply(graph, item, choice, self.check_values, traces)
+        self.clock.stage("lower")
+        return _site_report(item, request, choice, failure)
+
+    def _body(self, graph: GraphModule, body: Body) -> list[SiteReport]:
+        """The sites of a body, rewritten in `graph` where that is possible."""
+        inputs = body.inputs()
+        if isinstance(inputs, Rejection):
+            return [_missed(item) for item in body.missed(inputs)]
+        with body.modes():
+            captured, reports = self.graph(body.graph, inputs)
+        problem = captured if isinstance(captured, Rejection) else None
+        if self.apply and isinstance(captured, Captured) and any(r.verdict == "rewritten" for r in reports):
+            problem = body.replace(graph, captured)
+        return reports if problem is None else [_missed(item) for item in body.missed(problem)]
 
 
 class _Clock:
@@ -270,9 +309,7 @@ def _apply(graph: GraphModule, site: Site, choice: Choice, check_values: bool, t
         difference = numeric_difference(graph, site, new)
         if not difference <= TOLERANCE.get(tensor_of(site.output).dtype, 1e-4):
             problem = Rejection("verify-values", f"differs from the original by {difference:.3g} on random inputs")
-    if problem is None:
-        replace(graph, site.output, new)
-    return problem
+    return replace(graph, site.output, new) if problem is None else problem
 
 
 def _remove_dead(graph: GraphModule) -> None:
