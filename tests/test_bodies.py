@@ -23,16 +23,16 @@ def qkv(grad: bool = True) -> list[Tensor]:
     return [torch.randn(2, 3, 16, 8).requires_grad_(grad) for _ in range(3)]
 
 
-def scores(q: Tensor, k: Tensor) -> Tensor:
+def scores(q: Tensor, k: Tensor) -> Any:
     return (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
     visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     return scores(q, k).masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
-def other(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def other(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return attend(q, k * 2, v).sin()
 
 
@@ -59,7 +59,10 @@ def scanned(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 def mapped(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return map_over(lambda x: attend(x, k, v), torch.stack([q, q * 2]))
+    def one(x: Tensor, *_: Any) -> Any:
+        return attend(x, k, v)
+
+    return map_over(one, torch.stack([q, q * 2]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -110,7 +113,7 @@ def test_autocast_around_a_body(grad: bool) -> None:
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
 def test_constants_in_a_body(executor: str) -> None:
-    def branch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def branch(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend(q * torch.tensor(2.0), k, v) * torch.tensor([1.0, 2.0, 3.0, 4.0] * 2)
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -122,7 +125,7 @@ def test_constants_in_a_body(executor: str) -> None:
 def test_large_constants_stay_where_they_are() -> None:
     values = torch.randn(2048).tolist()
 
-    def branch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def branch(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend(q, k, v) * torch.tensor(values).sum()
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -135,7 +138,7 @@ def test_a_mask_from_outside_is_data() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Any:
         visible = torch.ones(16, 16, dtype=torch.bool).tril()
 
-        def branch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def branch(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible) + 0
 
         return torch.cond(q.sum() < torch.inf, branch, other, (q, k, v))
