@@ -173,7 +173,7 @@ def translate(model: Any, new: int = NEW, **kwargs: Any) -> list[list[int]]:
 )
 def test_encoder_and_decoder(name: str, cache: str) -> None:
     """Steps and cross attention are rewritten, and compiled as often as by a backend that does nothing."""
-    settings = {"cache_implementation": "static"} if cache == "static" else {}
+    settings: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
     expected = translate(build_pair(name), **settings)
     compilations = []
     plain = build_pair(name)
