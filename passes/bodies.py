@@ -30,7 +30,6 @@ _TRACED_AGAIN = frozenset(("cond", "hints_wrapper", "map", "map_impl", "scan", "
 _FUNCTIONS = frozenset(("flex_attention", "flex_attention_backward"))
 """Operators whose bodies are functions of single elements, which the lifter reads."""
 
-
 _MOST = 1024
 """The largest constant, in elements, that is written out in a body."""
 

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attncomp.cost import UNFUSED, Work, predict_ms, unfused_linear_work, unfused_softmax_work
+from attncomp.errors import AttncompError
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import TRUE, Const, Expr, Load, Score, Size, mul, substitute
 from attncomp.hardware import Hardware, detect
@@ -140,11 +141,16 @@ class _Run:
         inputs = body.inputs()
         if isinstance(inputs, Rejection):
             return [_missed(item) for item in body.missed(inputs)]
-        with body.modes():
-            captured, reports = self.graph(body.graph, inputs)
-        problem = captured if isinstance(captured, Rejection) else None
-        if self.apply and isinstance(captured, Captured) and any(r.verdict == "rewritten" for r in reports):
-            problem = body.replace(graph, captured)
+        try:
+            with body.modes():
+                captured, reports = self.graph(body.graph, inputs)
+            problem = captured if isinstance(captured, Rejection) else None
+            if self.apply and isinstance(captured, Captured) and any(r.verdict == "rewritten" for r in reports):
+                problem = body.replace(graph, captured)
+        except AttncompError:
+            raise
+        except Exception as error:  # a fault in a body must not cost the graph around it
+            reports, problem = [], Rejection("error", f"{type(error).__name__}: {error}")
         return reports if problem is None else [_missed(item) for item in body.missed(problem)]
 
 

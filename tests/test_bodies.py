@@ -11,6 +11,7 @@ from torch._higher_order_ops.map import map as map_over
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
+from attncomp.passes.bodies import Body
 from tests.agreement import ALWAYS, agree
 
 Tensor: TypeAlias = torch.Tensor
@@ -177,6 +178,17 @@ def test_near_misses_in_a_body() -> None:
 def test_what_is_kept_by_policy() -> None:
     policy = {**ALWAYS, "defaults": {"variants": []}}
     assert {s.verdict for s in agree(chosen, *qkv(), policy=policy).sites} == {"kept"}
+
+
+def test_a_fault_in_a_body_costs_that_body_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Body, graph: Any, captured: Any) -> None:
+        raise ValueError("planted")
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attend(chosen(q, k, v), k, v)
+
+    monkeypatch.setattr(Body, "replace", broken)
+    assert agree(model, *qkv()).verdicts == [CAUSAL, "softmax kept error", "softmax kept error"]
 
 
 @pytest.mark.parametrize("executor", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
