@@ -266,11 +266,10 @@ def _cut_images(config: Any, values: dict[str, Any]) -> None:
     patch = values.get("patch_size")
     patch = patch if isinstance(patch, int) else patch[-1] if isinstance(patch, (list, tuple)) and patch else None
     staged = "depths" in values or "hidden_sizes" in values
-    side = 64 if staged or patch is None else 4 * patch
+    side = 128 if staged else 64 if patch is None else 4 * patch  # the last of five stages still has several positions
     window = values.get("window_size")
     if staged and isinstance(window, int) and window > 4:  # windows smaller than the image in every stage
         _set(config, "window_size", 4)
-        side = 128
     for name in ("image_size", "img_size", "input_size", "resolution"):
         value = values.get(name)
         if isinstance(value, int) and value > side:

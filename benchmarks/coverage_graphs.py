@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +71,11 @@ def anchors(graph: GraphModule) -> list[Anchor]:
 def _anchors(graph: GraphModule) -> Iterator[Anchor]:
     for node in graph.graph.nodes:
         name = operation(node)
-        if name in FUSED:
-            yield Anchor("sdpa" if name.startswith("scaled") else "flex", node.name, location_of(node))
+        if name == "flex_attention":  # the lifter names it by its first result; the others are statistics
+            result = next((u for u in node.users if operation(u) == "getitem" and u.args[1] == 0), node)
+            yield Anchor("flex", result.name, location_of(node))
+        elif name in FUSED:
+            yield Anchor("sdpa", node.name, location_of(node))
         elif name in SOFTMAX and _behind(node) and _ahead(node):
             yield Anchor("softmax", node.name, location_of(node))
 
@@ -139,12 +143,15 @@ class Seen:
 
 @contextlib.contextmanager
 def observed_lift(into: list[tuple[list[Anchor], list[Site | Missed]]]) -> Iterator[None]:
-    """Note the anchors of every captured graph, and what the lifter made of them, before anything is rewritten."""
+    """Note the anchors of every captured graph, and what the lifter made of them, before anything is rewritten.
+
+    Bodies of operators are captured as graphs of their own, after the graph around them.
+    """
     passes: Any = rewrite
     original = passes.lift
 
     def lift(graph: GraphModule) -> list[Site | Missed]:
-        before = anchors(graph)
+        before = list(_anchors(graph))
         found: list[Site | Missed] = original(graph)
         into.append((before, list(found)))
         return found
@@ -187,8 +194,10 @@ def observer(seen: Seen, *, count_inductor: bool = True) -> Callable[..., Any]:
                 for a in dynamo
             )
             return graph.forward
-        before, found = lifted[0] if lifted else ([], [])
-        seen.sites.extend(_matched(before, found, report.sites))
+        reports = iter(report.sites)
+        for before, found in lifted:
+            seen.sites.extend(_matched(before, found, list(itertools.islice(reports, len(found)))))
+        seen.sites.extend(_row(r, r.kind) for r in reports)  # in bodies that stay as they are
         if any(s.verdict == "rewritten" for s in report.sites):
             call, constants = result.captured.graph.forward, result.captured.lifted
             return (lambda *args: call(*constants, *args)) if constants else call

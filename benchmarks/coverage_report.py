@@ -76,6 +76,7 @@ arithmetic that a kernel can evaluate or skip by; with *dense*, a part of the ma
 REASONS = """\
 Every site that was kept, by reason. *More* are sites that attncomp reports and that are not attention by the definition
 above.
+Weights that are alive where Dynamo breaks the graph, inside a layer or between two, are results of that graph.
 """
 
 OTHERS = """
@@ -280,7 +281,7 @@ def _not_built(rows: Sequence[Row]) -> str:
 def _why_not(why: str) -> str:
     library = re.search(r"requires the (\S+) library|No module named '(\S+)'", why)
     if library:
-        return f"needs {library.group(1) or library.group(2)}, which does not install beside this torch"
+        return f"needs {library.group(1) or library.group(2)}, which is not in the development environment"
     for text, said in (
         ("no model class", "no model class of its own in the auto mappings"),
         ("million parameters", "no configuration small enough"),

@@ -24,6 +24,9 @@ from attncomp.passes.symbols import hint
 from attncomp.variant import Rejection
 
 aten = torch.ops.aten
+BRANCHES = "attncomp_branches"
+"""The mark of operators made here, in ``meta``: their bodies are plans already."""
+
 _COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "attncomp_grad")
 
 
@@ -73,7 +76,7 @@ def branch(graph: GraphModule, site: Site, axis: str, arms: Sequence[tuple[int |
         new = graph.graph.call_function(operator.getitem, (both, 0))
         sizes = value_of(site.output).shape
         value = tensor_of(site.output).new_empty([sizes[d] for d in order]).permute(_inverse(order))
-    both.meta = made.meta | {"val": (value,)}
+    both.meta = made.meta | {"val": (value,), BRANCHES: True}
     new.meta = made.meta | {"val": value}
     return new
 

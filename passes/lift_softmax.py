@@ -65,6 +65,12 @@ _MIXING = ("linear", "conv2d")
 MOST_SINKS = 4
 """Columns beside the keys that may take weight."""
 
+_SKEWS = frozenset(("pad", "constant_pad_nd"))
+"""What begins the skewing of a matrix: pad the rows, then view with other rows."""
+
+_NEAR, _FAR = 24, 64
+"""Steps back from the scores in which their product is looked for; scores stored by diagonals are written in parts."""
+
 
 def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Missed | Rejection]:
     """The attention of each product with values that the weights meet; a reason if any of them can't be lifted.
@@ -74,11 +80,19 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
     source = softmax.args[0]
     assert isinstance(source, Node)
     consumers, path, escape = weights_path(softmax)
-    if not reaches_contraction(source):
+    skewed = not consumers and escape is not None and name_of(escape) in _SKEWS and _met(escape)
+    if not reaches_contraction(source, depth=_FAR if skewed else _NEAR):
         after = escape is not None and name_of(escape) in _MIXING
         layer = layer_between(source) if consumers or after else None
         # without one it is a router, a classifier head: nothing to fuse
         return [] if layer is None else [_mixed(f"the scores go through {layer.name} before the softmax")]
+    if skewed:
+        assert escape is not None
+        reason = (
+            f"the weights are laid out anew ({escape.name}) before they meet values, as for windows stored by "
+            "diagonals: which key a column stands for depends on the query"
+        )
+        return [Rejection("weights-layout", reason)]
     if not consumers:
         used = escape.name if escape is not None else "nothing"
         is_output = escape is not None and escape.op == "output"
@@ -89,7 +103,10 @@ def lift_softmax(graph: torch.fx.GraphModule, softmax: Node) -> list[Site | Miss
         where = "the output" if is_output else used
         return [Rejection("no-value-contraction", f"the weights go to {where}, not to a product with values")]
     if escape is not None:
-        reason = f"the attention weights are also used by {escape.name}: they must exist as a tensor"
+        used = f"used by {escape.name}"
+        if escape.op == "output":
+            used = "a result of the graph (returned, or alive where the graph breaks)"
+        reason = f"the attention weights are also {used}: they must exist as a tensor"
         return [Rejection("weights-escape", reason)]
     total = _total(consumers)
     if total is not None:
@@ -312,6 +329,14 @@ def weights_path(start: Node) -> tuple[list[Node], set[Node], Node | None]:
             elif escape is None:
                 escape = user
     return consumers, path, escape
+
+
+def _met(node: Node, depth: int = 8) -> bool:
+    """Whether a product follows `node` by padding and views alone."""
+    if depth == 0:
+        return False
+    users = [u for u in node.users if is_contraction(u) or name_of(u) in _BETWEEN | _SLICES | _SKEWS]
+    return any(is_contraction(u) or _met(u, depth - 1) for u in users)
 
 
 def _scores_only(node: Node) -> bool:

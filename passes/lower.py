@@ -237,10 +237,19 @@ def _restore(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return out if all(len(g) == 1 for g in layout.order) and not missing else out.reshape(shape)
 
 
-def replace(graph: GraphModule, old: Node, new: Node) -> None:
-    """Let `new` take the place of `old` everywhere after it; views that relied on the old strides become reshapes."""
+def replace(graph: GraphModule, old: Node, new: Node) -> Rejection | None:
+    """Let `new` take the place of `old` everywhere after it; views that relied on the old strides become reshapes.
+
+    Rejected where new strides would reach ``torch.cond``: inductor compiles its branches for the recorded strides of
+    their operands, and gives them others if the operands were computed from something in another order of memory (torch
+    2.13).
+    """
     same_strides = value_of(old).stride() == value_of(new).stride()
     if not same_strides:
+        if _reaches_condition(old):
+            return Rejection(
+                "operand-strides", "the result is an operand of torch.cond, which needs its strides as they are"
+            )
         chain = _strided_users(old)
         if chain is None:
             with graph.graph.inserting_after(new):
@@ -258,11 +267,46 @@ def replace(graph: GraphModule, old: Node, new: Node) -> None:
                     node.target = torch.ops.aten.contiguous.default
                     node.kwargs = {}
     old.replace_all_uses_with(new)
+    return None
 
 
-_ANY_STRIDES = frozenset(
-    ("linear", "matmul", "mul", "add", "sub", "div", "gelu", "silu", "relu", "dropout", "layer_norm", "bmm", "addmm")
+_PRODUCTS = frozenset(("linear", "matmul", "bmm", "addmm"))
+"""Operators whose results have the same order of memory whatever that of their operands, in inductor's code too."""
+
+_ANY_STRIDES = _PRODUCTS | {"contiguous", "layer_norm"}
+"""Operators that read any strides and whose results do not depend on them."""
+
+_FOLLOWS_STRIDES = frozenset(
+    (
+        "transpose",
+        "permute",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "gelu",
+        "silu",
+        "relu",
+        "dropout",
+    )
 )
+"""Operators that read any strides, and whose results have strides that depend on them."""
+
+
+def _reaches_condition(node: Node) -> bool:
+    seen = {node}
+    queue = [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.target is torch.ops.higher_order.cond:
+                return True
+            if user not in seen and name_of(user) not in _PRODUCTS:
+                seen.add(user)
+                queue.append(user)
+    return False
 
 
 def _strided_users(node: Node) -> list[Node] | None:
@@ -271,23 +315,21 @@ def _strided_users(node: Node) -> list[Node] | None:
     None if something else follows.
     """
     chain: list[Node] = []
+    seen = {node}
     queue = [node]
     while queue:
         for user in queue.pop().users:
             name = name_of(user)
-            if name in (
-                "transpose",
-                "permute",
-                "view",
-                "_unsafe_view",
-                "reshape",
-                "unsqueeze",
-                "squeeze",
-                "contiguous",
-            ) or (name == "clone" and user.kwargs.get("memory_format") is torch.contiguous_format):
-                if user not in chain:
-                    chain.append(user)
-                    queue.append(user)
-            elif name not in _ANY_STRIDES:
+            if user in seen or name in _ANY_STRIDES:
+                continue
+            seen.add(user)
+            if name == "clone" and user.kwargs.get("memory_format") is torch.contiguous_format:
+                chain.append(user)
+            elif name in ("view", "_unsafe_view"):
+                chain.append(user)
+                queue.append(user)
+            elif name in _FOLLOWS_STRIDES:
+                queue.append(user)
+            else:
                 return None
     return chain

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from attncomp.errors import AttncompError
 from attncomp.passes.anchors import may_hold_attention
+from attncomp.passes.bodies import Body, bodies
 from attncomp.passes.branches import branch, branchable
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.chooser import Chooser, Chosen
@@ -62,53 +64,95 @@ def rewrite(
     check_values: also compare each rewritten site with the original on random inputs. apply: False only analyses.
     one_plan: why no site gets plans by length; empty: sites may.
     """
-    clock = _Clock()
+    run = _Run(Chooser(policy, variants, fingerprints), check_values, apply)
+    captured, sites = run.graph(dynamo_graph, inputs, one_plan)
+    fallback = str(captured) if isinstance(captured, Rejection) else None
+    stages = run.clock.taken()
+    report = Report(tuple(sites), fallback, run.device, policy.canonical(), sum(s for _, s in stages), stages)
+    return Rewritten(captured if isinstance(captured, Captured) else None, report)
 
-    def report(sites: Sequence[SiteReport], fallback: str | None) -> Report:
-        return Report(tuple(sites), fallback, device, policy.canonical(), sum(clock.stages.values()), clock.taken())
 
-    device = ""
-    unread = without_strides(dynamo_graph)
-    if not may_hold_attention(dynamo_graph):  # that of nested tensors may be outside, where Dynamo breaks the graph
-        return Rewritten(None, report((), str(unread) if unread is not None and unread.code == NESTED else None))
-    captured = capture(dynamo_graph, inputs)
-    clock.stage("capture")
-    if isinstance(captured, Rejection):
-        return Rewritten(None, report((), str(unread or captured)))
-    graph = captured.graph
-    found = lift(graph)
-    clock.stage("lift")
-    values = Values.of(graph, (*captured.lifted, *inputs))
-    reports = []
-    traces: Traces = {}
-    chooser = Chooser(policy, variants, fingerprints)
-    for item in found:
-        device = device or str(tensor_of(item.anchor).device)
+@dataclass
+class _Run:
+    """The passes over one graph and the bodies of its operators.
+
+    device: of the first attention that was found. Other fields as in `rewrite`.
+    """
+
+    chooser: Chooser
+    check_values: bool
+    apply: bool
+    device: str = ""
+    clock: _Clock = field(default_factory=lambda: _Clock())
+
+    def graph(
+        self, dynamo_graph: GraphModule, inputs: Sequence[Any], one_plan: str
+    ) -> tuple[Captured | Rejection | None, list[SiteReport]]:
+        """The graph, rewritten (None: nothing in it can be attention), and its sites."""
+        unread = without_strides(dynamo_graph)
+        if not may_hold_attention(dynamo_graph):  # that of nested tensors may be outside, where Dynamo breaks the graph
+            return (unread if unread is not None and unread.code == NESTED else None), []
+        captured = capture(dynamo_graph, inputs)
+        self.clock.stage("capture")
+        if isinstance(captured, Rejection):
+            return unread or captured, []
+        graph = captured.graph
+        found = lift(graph)
+        self.clock.stage("lift")
+        values = Values.of(graph, (*captured.lifted, *inputs))
+        traces: Traces = {}
+        reports = [self._site(graph, item, values, traces, one_plan) for item in found]
+        if self.apply:
+            put_back(graph)
+            _remove_dead(graph)
+            restore_segments(graph, captured.segments)
+        self.clock.stage("lower")
+        for body in bodies(graph):
+            reports.extend(self._body(graph, body))
+        if self.apply:
+            problem = outline(graph, captured.checkpoints)
+            if problem is not None:
+                return problem, []
+        self.clock.stage("lower")
+        return captured, reports
+
+    def _site(
+        self, graph: GraphModule, item: Site | Missed, values: Values, traces: Traces, one_plan: str
+    ) -> SiteReport:
+        device = str(tensor_of(item.anchor).device)
+        self.device = self.device or device
         if isinstance(item, Missed):
-            reports.append(_missed(item))
-            continue
+            return _missed(item)
         hints = size_hints(item)
         item = with_cases(item, values, {n: hints[f"symbol {n}"] for n in item.spec.symbols}, hints)
-        chosen = chooser.choose(item, one_plan)
+        chosen = self.chooser.choose(item, one_plan)
         if len(chosen.spans) > 1:
             refused = branchable(graph, item, as_written=any(s.plan is None for s in chosen.spans))
-            chosen = chosen if refused is None else chooser.choose(item, refused.detail)
-        clock.stage("choose")
-        failure = _apply(graph, item, chosen, check_values, traces) if apply else None
+            chosen = chosen if refused is None else self.chooser.choose(item, refused.detail)
+        self.clock.stage("choose")
+        failure = _apply(graph, item, chosen, self.check_values, traces) if self.apply else None
         if failure is not None and len(chosen.spans) > 1:
-            chosen = chooser.choose(item, failure.detail)
-            failure = _apply(graph, item, chosen, check_values, traces)
-        clock.stage("lower")
-        reports.append(_site_report(item, chosen, failure))
-    if apply:
-        put_back(graph)
-        _remove_dead(graph)
-        restore_segments(graph, captured.segments)
-        problem = outline(graph, captured.checkpoints)
-        if problem is not None:
-            return Rewritten(None, report((), str(problem)))
-    clock.stage("lower")
-    return Rewritten(captured, report(reports, None))
+            chosen = self.chooser.choose(item, failure.detail)
+            failure = _apply(graph, item, chosen, self.check_values, traces)
+        self.clock.stage("lower")
+        return _site_report(item, chosen, failure)
+
+    def _body(self, graph: GraphModule, body: Body) -> list[SiteReport]:
+        """The sites of a body, rewritten in `graph` where that is possible."""
+        inputs = body.inputs()
+        if isinstance(inputs, Rejection):
+            return [_missed(item) for item in body.missed(inputs)]
+        try:
+            with body.modes():
+                captured, reports = self.graph(body.graph, inputs, "branches inside of an operator's body are not made")
+            problem = captured if isinstance(captured, Rejection) else None
+            if self.apply and isinstance(captured, Captured) and any(r.verdict == "rewritten" for r in reports):
+                problem = body.replace(graph, captured)
+        except AttncompError:
+            raise
+        except Exception as error:  # a fault in a body must not cost the graph around it
+            reports, problem = [], Rejection("error", f"{type(error).__name__}: {error}")
+        return reports if problem is None else [_missed(item) for item in body.missed(problem)]
 
 
 class _Clock:
@@ -149,8 +193,7 @@ def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, t
         if problem is not None or isinstance(joined, Rejection):
             return problem
         new = joined
-    replace(graph, site.output, new)
-    return None
+    return replace(graph, site.output, new)
 
 
 def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, traces: Traces) -> Node | Rejection:

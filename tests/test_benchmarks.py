@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import (
     analysis,
@@ -195,6 +197,30 @@ def test_anchors_are_counted_in_every_graph(monkeypatch: pytest.MonkeyPatch) -> 
         (k, "capture-failed: planted") for k in ("softmax", "sdpa")
     ]
     assert left.fallbacks == ["capture-failed: planted"]
+
+
+def test_flex_calls_and_bodies_are_sites() -> None:
+    """A flex call is named by its first result; a body is a graph of its own."""
+
+    def model(x: torch.Tensor) -> Any:
+        def branch(y: torch.Tensor) -> torch.Tensor:
+            return (y @ y.transpose(-1, -2)).softmax(-1) @ y
+
+        def misses(y: torch.Tensor) -> torch.Tensor:
+            return (y @ y.transpose(-1, -2)).softmax(-2) @ y
+
+        return torch.cond(x.sum() > 0, branch, misses, (flex_attention(x, x + 1, x),))
+
+    seen, x = coverage_graphs.Seen(), torch.randn(1, 2, 16, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(model, backend=coverage_graphs.observer(seen, count_inductor=False), dynamic=False)(x)
+    assert measure.difference(result, model(x)) < 1e-6
+    assert [(s["kind"], s["verdict"]) for s in seen.sites] == [
+        ("flex", "rewritten"),
+        ("softmax", "rewritten"),
+        ("softmax", "kept"),
+    ]
 
 
 def test_a_crash_costs_one_row(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
 }
 SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 NEW = 12
+SLOW = pytest.mark.slow
 
 
 def build(name: str) -> Any:
@@ -73,7 +74,7 @@ def decoding(reports: list[Any]) -> list[Any]:
     return [s for r in reports for s in r.sites if " Q1 " in s.shape]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=SLOW), "gemma3", pytest.param("gpt2", marks=SLOW)])
 def test_growing_cache(name: str) -> None:
     """The forward pass compiled, the cache a list of tensors that grow: the prompt, and steps of any length."""
     model = build(name)
@@ -88,7 +89,7 @@ def test_growing_cache(name: str) -> None:
     assert not later, "longer sequences were compiled again"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=SLOW), pytest.param("gpt2", marks=SLOW)])
 def test_static_cache(name: str) -> None:
     """The cache has its full length from the start, and each step writes one place of it."""
     model = build(name)
@@ -112,3 +113,89 @@ def test_static_cache_compiles_by_itself() -> None:
     assert found.tolist() == expected.tolist()
     (report,) = reports
     assert [s.verdict for s in decoding([report])] == ["rewritten"] * 2
+
+
+# --- encoders with decoders: the decoder is what `generate` calls at each step
+
+TWO: dict[str, Any] = {
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "decoder_layers": 2,
+    "decoder_start_token_id": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "encoder_layers": 2,
+    "d_model": 32,
+    "vocab_size": 64,
+}
+LENGTH = 9
+"""Of what is encoded."""
+
+
+def build_pair(name: str) -> Any:
+    """T5 writes its attention out, with biases of relative positions; Whisper calls SDPA."""
+    made = {
+        "t5": ("T5", {"d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0, **SPECIAL}),
+        "whisper": (
+            "Whisper",
+            {"num_mel_bins": 8, "max_source_positions": LENGTH, "max_target_positions": 64, **TWO, **SPECIAL},
+        ),
+    }
+    family, sizes = made[name]
+    torch.manual_seed(0)
+    suppressed = {"suppress_tokens": None, "begin_suppress_tokens": None} if name == "whisper" else {}
+    config = getattr(transformers, f"{family}Config")(**{"vocab_size": 64, "d_model": 32, **sizes, **suppressed})
+    model = getattr(transformers, f"{family}ForConditionalGeneration")
+    built = model._from_config(config, attn_implementation="eager" if name == "t5" else "sdpa").eval()
+    for parameter in built.parameters():
+        parameter.data.mul_(3.0)
+    return built
+
+
+def translate(model: Any, new: int = NEW, **kwargs: Any) -> list[list[int]]:
+    if model.config.model_type == "t5":
+        given = {"input_ids": tokens(length=LENGTH), "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)}
+    else:
+        given = {"input_features": torch.randn(2, 8, 2 * LENGTH, generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        found: list[list[int]] = model.generate(**given, max_new_tokens=new, do_sample=False, **kwargs).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("t5", "static"),
+        ("whisper", "dynamic"),
+        pytest.param("t5", "dynamic", marks=SLOW),
+        pytest.param("whisper", "static", marks=SLOW),
+    ],
+)
+def test_encoder_and_decoder(name: str, cache: str) -> None:
+    """Steps and cross attention are rewritten, and compiled as often as by a backend that does nothing."""
+    settings: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
+    expected = translate(build_pair(name), **settings)
+    compilations = []
+    plain = build_pair(name)
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph
+
+    plain.forward = torch.compile(plain.forward, backend=count)
+    translate(plain, **settings)
+    torch._dynamo.reset()
+    model = build_pair(name)
+    model.forward = torch.compile(model.forward, backend="attncomp", options=OPTIONS)
+    with watched() as reports:
+        assert translate(model, **settings) == expected
+    assert len(reports) == len(compilations)
+    assert not [r.fallback for r in reports if r.fallback]
+    for report in reports[1:]:  # with a cache that grows, the first step of T5 has a single key
+        assert [s.verdict for s in report.sites] == ["rewritten"] * 4, "self and cross attention of two layers"
+        assert sum(f" K{LENGTH} " in s.shape for s in report.sites) >= 2
+    assert len(reports) < NEW
+    if cache == "dynamic":
+        with watched() as later:
+            translate(model, new=2 * NEW)
+        assert not later, "longer sequences were compiled again"
