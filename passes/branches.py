@@ -2,8 +2,7 @@
 
 A branch holds what a plan was lowered to, or the nodes as the user wrote them, down to the tensors that the site reads.
 Torch asks that both branches, and both their backwards, give the same strides: outputs take the memory order of the
-first plan's, and what gradients flow into comes dense in its own memory order and is flattened inside, so that its
-gradient is dense too. The backward computes the branch's forward again.
+first plan's, and tensors come in flat, so that a gradient is dense too. The backward computes a branch's forward again.
 """
 
 from __future__ import annotations
@@ -61,18 +60,18 @@ def branch(graph: GraphModule, site: Site, axis: str, arms: Sequence[tuple[int |
         operand, place = (site.k, site.k.dims[-2]) if axis == "j" else (site.q, site.q.dims[-2])
         length = made(aten.sym_size.int, operand.node, place)
         operands = [_Operand.of(made, n) for n in graph.graph.nodes if n in read]
-        modules = {n: _body(operands, body, n, order) for n, body in bodies.items()}
+        given = _given(length, operands)
+        modules = {n: _body(given, operands, body, n, order) for n, body in bodies.items()}
         rest: GraphModule = modules[arms[-1][1]]
         for border, output in reversed(arms[1:-1]):
-            rest = _chained(operands, border, modules[output], rest)
+            rest = _chained(given, border, modules[output], rest)
         border, output = arms[0]
         names = [f"_length_{len(list(graph.named_children()))}_{n}" for n in range(2)]
         for name, module in zip(names, (modules[output], rest), strict=True):
             graph.add_submodule(name, module)
         shorter, longer = (graph.graph.get_attr(name) for name in names)
-        given = (length, *(o.given for o in operands))
         compared = made(operator.le, length, border)
-        both = graph.graph.call_function(torch.ops.higher_order.cond, (compared, shorter, longer, given))
+        both = graph.graph.call_function(torch.ops.higher_order.cond, (compared, shorter, longer, tuple(given)))
         new = graph.graph.call_function(operator.getitem, (both, 0))
         sizes = value_of(site.output).shape
         value = tensor_of(site.output).new_empty([sizes[d] for d in order]).permute(_inverse(order))
@@ -97,14 +96,17 @@ class _Maker:
 
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """A node that branches read, and what they are given for it: itself, or where a gradient flows a dense tensor.
+    """A node that branches read, and what they are given: a flat tensor, or the node where `order` is None.
 
-    order: of the node's dimensions in `given`; None where it is given as it is. constant: a float without gradient.
+    Inductor compiles branches for the recorded strides of their operands, but may lay out the operands otherwise (torch
+    2.13): one dimension has one layout. order: of the node's dimensions in `given`. sizes: in that order; a node where
+    one is known only at run time, -1 for the first of them. constant: a float without gradient.
     """
 
     node: Node
     given: Node
     order: tuple[int, ...] | None
+    sizes: tuple[int | Node, ...]
     constant: bool
 
     @staticmethod
@@ -112,39 +114,60 @@ class _Operand:
         value = value_of(node)
         constant = node.op == "get_attr"  # torch's tracer says nothing of its value
         floating = constant or (isinstance(value, torch.Tensor) and value.dtype.is_floating_point)
-        if not (floating and made.meta.get("attncomp_grad")):
-            return _Operand(node, node, None, False)
-        if constant or not node.meta.get("attncomp_grad"):
-            return _Operand(node, node, None, True)
+        flows = bool(floating and made.meta.get("attncomp_grad"))
+        still = flows and (constant or not node.meta.get("attncomp_grad"))
+        if constant or not isinstance(value, torch.Tensor) or (node.op == "placeholder" and (still or not flows)):
+            return _Operand(node, node, None, (), still)
         order = _memory_order(value)
-        given = made(aten.contiguous.default, made(aten.permute.default, node, list(order)))
-        return _Operand(node, given, order, False)
+        dense = made(aten.contiguous.default, made(aten.permute.default, node, list(order)))
+        return _Operand(node, made(aten.flatten.using_ints, dense), order, _sizes(made, node, order), still)
 
-    def enter(self, body: Graph, placeholder: Node) -> Node:
-        """The node's value inside of a branch."""
+    def enter(self, body: Graph, placeholder: Node, placed: Mapping[Node, Node]) -> Node:
+        """The node's value inside of a branch; its gradient is dense, as that of a flat tensor is."""
         if self.constant:  # or the branch's backward would make a gradient for it
-            return body.call_function(aten.detach.default, (placeholder,))
+            placeholder = body.call_function(aten.detach.default, (placeholder,))
         if self.order is None:
             return placeholder
-        flat = body.call_function(aten.flatten.using_ints, (placeholder,))
-        whole = body.call_function(aten.view_as.default, (flat, placeholder))
+        sizes = [placed[n] if isinstance(n, Node) else n for n in self.sizes]
+        whole = body.call_function(aten.view.default, (placeholder, sizes))
         return body.call_function(aten.permute.default, (whole, _inverse(self.order)))
 
 
-def _placeholders(body: Graph, operands: Sequence[_Operand]) -> list[Node]:
-    """The length, then the operands."""
-    found = [body.placeholder("length")]
-    for n, operand in enumerate(operands):
-        found.append(body.placeholder(f"operand_{n}"))
-        found[-1].meta["val"] = value_of(operand.given)
+def _sizes(made: _Maker, node: Node, order: Sequence[int]) -> tuple[int | Node, ...]:
+    found: list[int | Node] = []
+    for d in order:
+        size = value_of(node).shape[d]
+        symbolic = isinstance(size, torch.SymInt)
+        found.append(-1 if symbolic and -1 not in found else made(aten.sym_size.int, node, d) if symbolic else size)
+    return tuple(found)
+
+
+def _given(length: Node, operands: Sequence[_Operand]) -> list[Node]:
+    """What the branches are given: the length, the operands, and sizes that are known only at run time."""
+    sizes = [n for o in operands for n in o.sizes if isinstance(n, Node)]
+    return [length, *(o.given for o in operands), *sizes]
+
+
+def _placeholders(body: Graph, given: Sequence[Node]) -> dict[Node, Node]:
+    """The placeholder for each of `given`, in order."""
+    found = {}
+    for n, node in enumerate(given):
+        found[node] = body.placeholder(f"given_{n}")
+        found[node].meta["val"] = value_of(node)
     return found
 
 
-def _body(operands: Sequence[_Operand], members: Sequence[Node], output: Node, order: Sequence[int]) -> GraphModule:
+def _body(
+    given: Sequence[Node],
+    operands: Sequence[_Operand],
+    members: Sequence[Node],
+    output: Node,
+    order: Sequence[int],
+) -> GraphModule:
     """The members as a graph of its own, whose output is dense with its dimensions in memory in the given order."""
     body = Graph()
-    _, *given = _placeholders(body, operands)
-    copies = {o.node: o.enter(body, p) for o, p in zip(operands, given, strict=True)}
+    placed = _placeholders(body, given)
+    copies = {o.node: o.enter(body, placed[o.given], placed) for o in operands}
     for n in members:
         copies[n] = body.node_copy(n, copies.__getitem__)
     ordered = body.call_function(aten.permute.default, (copies[output], list(order)))
@@ -153,15 +176,13 @@ def _body(operands: Sequence[_Operand], members: Sequence[Node], output: Node, o
     return GraphModule({}, body)
 
 
-def _chained(
-    operands: Sequence[_Operand], border: int | None, shorter: GraphModule, longer: GraphModule
-) -> GraphModule:
+def _chained(given: Sequence[Node], border: int | None, shorter: GraphModule, longer: GraphModule) -> GraphModule:
     """One of two branches as a graph of its own."""
     body = Graph()
-    given = _placeholders(body, operands)
-    compared = body.call_function(operator.le, (given[0], border))
+    placed = list(_placeholders(body, given).values())
+    compared = body.call_function(operator.le, (placed[0], border))
     arms = body.get_attr("shorter"), body.get_attr("longer")
-    both = body.call_function(torch.ops.higher_order.cond, (compared, *arms, tuple(given)))
+    both = body.call_function(torch.ops.higher_order.cond, (compared, *arms, tuple(placed)))
     body.output((body.call_function(operator.getitem, (both, 0)),))
     return GraphModule({"shorter": shorter, "longer": longer}, body)
 

@@ -207,7 +207,7 @@ def test_flex_calls_and_bodies_are_sites() -> None:
             return (y @ y.transpose(-1, -2)).softmax(-1) @ y
 
         def misses(y: torch.Tensor) -> torch.Tensor:
-            return (y @ y.transpose(-1, -2)).softmax(-2) @ y
+            return (y @ y.transpose(-1, -2)).softmax(1) @ y
 
         return torch.cond(x.sum() > 0, branch, misses, (flex_attention(x, x + 1, x),))
 

@@ -161,15 +161,15 @@ def test_a_mask_that_a_loop_changes() -> None:
 
 
 def test_near_misses_in_a_body() -> None:
-    def over_queries(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return scores(q, k).softmax(-2) @ v, scores(q, k).sin()
+    def over_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return scores(q, k).softmax(1) @ v, scores(q, k).sin()
 
     def returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         weights = scores(q, k).softmax(-1)
         return weights @ v, weights
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.cond(q.sum() > 0, over_queries, returned, (q, k, v))
+        return torch.cond(q.sum() > 0, over_heads, returned, (q, k, v))
 
     found = agree(model, *qkv())
     assert found.verdicts == ["softmax kept softmax-axis", "softmax kept weights-escape"]

@@ -440,3 +440,30 @@ def test_linear_attention_in_chunks_when_long(slow_memory: None) -> None:
 
     (site,) = serve(decayed, (10, 100, 1500, 3000), heads, options={"version": 1}, train=False)
     assert (site.lengths[0].variant, site.lengths[-1].variant) == (None, "chunked_linear")
+
+
+def columns(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values in another order of memory than inductor gives to what they are computed from."""
+    y = torch.cat([x, x.flip(-1)], 0).transpose(1, 2)
+    q, k, v = (z.unflatten(-1, (2, 8)).transpose(1, 2) * 2 for z in (y @ w, y.sin(), y.cos()))
+    once = (q @ k.mT * 0.3).softmax(-1) @ v
+    twice: torch.Tensor = (once.sin() @ k.mT * 0.3).softmax(-1) @ once.cos()
+    return twice
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operands_in_another_order_of_memory(training: bool) -> None:
+    """Branches are compiled for the recorded strides of their operands; inductor may choose others for these."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"policy": policy(only("vendor_cpu_flash", kv_len="<=32"), only("blocked", kv_len=">32"))}
+    compiled = torch.compile(columns, backend="attncomp", dynamic=True, options=options)
+    for length in (24, 48):
+        args = [torch.randn(2, 16, length, requires_grad=training), torch.randn(16, 16, requires_grad=training)]
+        found, expected = compiled(*args), columns(*args)
+        assert difference(expected, found) <= 1e-5
+        if training:
+            direction = torch.randn_like(expected)
+            wanted = torch.autograd.grad(expected, args, direction)
+            for ours, theirs in zip(torch.autograd.grad(found, args, direction), wanted, strict=True):
+                assert difference(theirs, ours) <= 1e-4
+    assert all(s.lengths for s in attncomp.reports()[-1].sites)
