@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from attncomp.cost import Work
 from attncomp.hardware import Hardware
@@ -68,6 +68,20 @@ class Offer:
     uses_cases: bool = False
 
 
+class Inputs(NamedTuple):
+    """What an attention is computed from.
+
+    q: (B, H, Tq, D). k: (B, Hk, Tk, D). v: (B, Hk, Tk, E), of any strides. captured: the spec's captured tensors, in
+    order. sizes: the values of ``spec.symbols``, in order (may be SymInt while tracing).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    captured: Sequence[torch.Tensor]
+    sizes: Sequence[int]
+
+
 class Variant(Protocol):
     """One way to compute an attention."""
 
@@ -88,15 +102,7 @@ class Variant(Protocol):
 
     def accept(self, request: Request) -> Offer | Rejection: ...
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         """Compute the output (B, H, Tq, E) from q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, E).
 
         Any strides; differentiable. `captured` are the spec's captured tensors in order; `sizes` the values of
@@ -109,15 +115,7 @@ class Variant(Protocol):
 class KernelVariant(Variant, Protocol):
     """A variant that runs inside ``torch.ops.attncomp.attention``."""
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse): the output, and what the backward pass needs of each row.
 
         out is (B, H, Tq, E) with memory order (B, Tq, H, E). lse is (B, H, Tq) float32: the natural log of the row's
@@ -127,16 +125,7 @@ class KernelVariant(Variant, Protocol):
         ...
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
         """[dq, dk, dv, then the gradient of each captured tensor whose `requires_grad` is set].
 

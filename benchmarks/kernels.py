@@ -27,7 +27,7 @@ from attncomp.hardware import detect
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.spec import AXES, I, J, plain_spec
-from attncomp.variant import Rejection, Request
+from attncomp.variant import Inputs, Rejection, Request
 from benchmarks import measure as m
 
 HEADS = 16
@@ -94,7 +94,7 @@ def tiled(case: Case, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Attent
 
 
 def _build(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return TILED.build(plan, q, k, v, (), ())
+    return TILED.build(plan, Inputs(q, k, v, (), ()))
 
 
 def library(backend: SDPBackend, case: Case) -> Attention | None:

@@ -13,6 +13,7 @@ from attncomp.evaluate import Grid, evaluate, evaluate_tensor
 from attncomp.expr import Axis, Const, Expr, Load, axes_of
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
+from attncomp.variant import Inputs
 
 Range = tuple[int, int]
 """(start, stop) along one axis."""
@@ -53,14 +54,8 @@ class Site:
     dtype: torch.dtype
 
     @staticmethod
-    def of(
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> Site:
+    def of(plan: Plan, inputs: Inputs) -> Site:
+        q, k, v, captured, sizes = inputs
         size, symbols = extents(plan, q, k, v, sizes)
         named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
         return Site(plan, named, size, symbols, torch.float64 if q.dtype == torch.float64 else torch.float32)

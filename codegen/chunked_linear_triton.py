@@ -24,6 +24,7 @@ from attncomp.codegen.linear_chunk_source import (
 )
 from attncomp.codegen.linear_form import LinearForm
 from attncomp.plan import Plan
+from attncomp.variant import Inputs
 
 PROGRAMS_PER_SM = 3
 
@@ -57,15 +58,9 @@ class Launcher:
         self.module = kernel_module(source, name="linear_chunk", variant="chunked_linear", key={"plan": plan.digest})
         self._launches: dict[str, Launch] = {}
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, row sums), as `chunked_linear_aten.forward`."""
+        q, k, v, captured, sizes = inputs
         batch, heads, length, _ = q.shape
         out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
         wants_sums = self.form.normaliser == "sum"
@@ -75,18 +70,9 @@ class Launcher:
             self._run(self.sweeps["forward"], named, out)
         return out, sums
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        out: torch.Tensor,
-        sums: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> list[torch.Tensor]:
+    def backward(self, grad: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
         """[dq, dk, dv], contiguous."""
+        q, k, v, captured, sizes = inputs
         named = {"q": q, "k": k, "v": v, "grad": grad, **self._factors(q, captured, sizes)}
         batch, heads, length, _ = q.shape
         with on_device(q.device):

@@ -12,6 +12,7 @@ from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import ONE, OPS, Axis, Const, Expr, Load, Op, Size, add, axes_of, loads_of, minimum
 from attncomp.plan import Plan
 from attncomp.spec import AXES, AttentionSpec
+from attncomp.variant import Inputs
 
 
 def integer(e: Expr, symbols: Mapping[str, int], axes: Mapping[str, int] | None = None) -> int:
@@ -56,16 +57,9 @@ def extents(
     return found, symbols
 
 
-def score_grid(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-) -> Grid:
+def score_grid(plan: Plan, inputs: Inputs, dtype: torch.dtype) -> Grid:
     """The whole box (b, h, i, j), without a score."""
+    q, k, v, captured, sizes = inputs
     size, symbols = extents(plan, q, k, v, sizes)
     named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
     return Grid({a: (0, size[a]) for a in "bhij"}, named, q.device, symbols, dtype=dtype)

@@ -8,7 +8,6 @@ graph from torch's cache without having run our passes finds the plan in the ker
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
 from attncomp.plan import Plan
-from attncomp.variant import KernelVariant
+from attncomp.variant import Inputs, KernelVariant
 
 _LIBRARY = torch.library.Library("attncomp", "DEF")
 _LIBRARY.define(
@@ -78,15 +77,9 @@ def resolve(digest: str) -> tuple[Plan, KernelVariant]:
     return plan, variant
 
 
-def attention(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> torch.Tensor:
+def attention(plan: Plan, inputs: Inputs) -> torch.Tensor:
     """What a kernel variant's `build` calls: one differentiable operator call; returns the output (B, H, Tq, E)."""
+    q, k, v, captured, sizes = inputs
     out: torch.Tensor = torch.ops.attncomp.attention(q, k, v, list(captured), list(sizes), register_plan(plan))[0]
     return out
 
@@ -95,7 +88,7 @@ def _forward(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> 
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
-    out, lse = variant.forward(plan, q, k, v, captured, sizes)
+    out, lse = variant.forward(plan, Inputs(q, k, v, captured, sizes))
     if lse.dim() == 1 and plan.spec.normaliser.kind != "none":
         # The variant's backward pass needs no row sums; what the operator returns has the same shape for every variant.
         lse = lse.new_zeros(out.shape[:3])
@@ -114,7 +107,7 @@ def _backward(
     grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
 ) -> list[torch.Tensor]:
     plan, variant = resolve(digest)
-    return variant.backward(plan, grad_out, out, lse, q, k, v, captured, sizes)
+    return variant.backward(plan, grad_out, out, lse, Inputs(q, k, v, captured, sizes))
 
 
 def _backward_fake(

@@ -6,7 +6,6 @@ keys. Other masks and biases are materialised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -28,7 +27,7 @@ from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of, walk
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -228,16 +227,9 @@ class SdpaKernel:
             )
         return work
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
-        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        q, k, v = inputs[:3]
+        grid = score_grid(plan, inputs, _wide(q))
         call = self.prepare(plan, grid, q, k, v)
         return finished(self.call(call), plan.spec, grid, call)
 

@@ -7,7 +7,6 @@ Tq + Tk - 1 distances. A table of them is one more captured tensor, differentiab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +34,7 @@ from attncomp.expr import (
 )
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec, B, H, I, J, TensorInfo
+from attncomp.variant import Inputs
 
 _COSTLY = frozenset(
     ("exp", "exp2", "log", "log2", "pow", "sqrt", "rsqrt", "div", "sin", "cos", "tanh", "sigmoid", "erf")
@@ -87,16 +87,9 @@ def tabulate(spec: AttentionSpec) -> Tabulated | None:
     return Tabulated(replace(spec, tensors=tensors, program=program), tuple(values), kept)
 
 
-def table_tensors(
-    plan: Plan,
-    found: Tabulated,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> list[torch.Tensor]:
+def table_tensors(plan: Plan, found: Tabulated, inputs: Inputs) -> list[torch.Tensor]:
     """The tables, each (B or 1, H or 1, Tq + Tk - 1) float32: the value at the distances 1 - Tq to Tk - 1."""
+    q, k, v, captured, sizes = inputs
     size, symbols = extents(plan, q, k, v, sizes)
     named = dict(zip((t.name for t in plan.spec.tensors), (q, k, v, *captured), strict=True))
     axes = {"b": (0, size["b"]), "h": (0, size["h"]), "j": (0, size["i"] + size["j"] - 1)}

@@ -22,6 +22,7 @@ from attncomp.codegen.tiled_backward_source import (
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
+from attncomp.variant import Inputs
 
 
 class _Kernel:
@@ -131,15 +132,9 @@ def launchers(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None)
     return found[1]
 
 
-def forward(
-    kernels: Sequence[Launcher],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(kernels: Sequence[Launcher], inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`; of several launchers, the kernels of one write the results."""
+    q, k, v, captured, sizes = inputs
     spec = kernels[0].plan.spec
     batch, heads, queries, _ = q.shape
     if max(queries, k.shape[2]) > LONGEST:
@@ -155,17 +150,10 @@ def forward(
 
 
 def backward(
-    kernels: Sequence[Launcher],
-    grad_out: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
+    kernels: Sequence[Launcher], grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
 ) -> list[torch.Tensor]:
     """As `KernelVariant.backward`; of several launchers, the kernels of one write the results."""
+    q, k, v, captured, sizes = inputs
     spec = kernels[0].plan.spec
     batch, heads, queries, _ = q.shape
     key_heads, keys = k.shape[1], k.shape[2]

@@ -18,7 +18,7 @@ from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
 from attncomp.plan import Plan
-from attncomp.variant import Rejection, Variant
+from attncomp.variant import Inputs, Rejection, Variant
 
 Traces: TypeAlias = "dict[Any, GraphModule]"
 """What variants built, by everything that the tracer can tell apart: equal sites of a graph are traced once."""
@@ -40,7 +40,8 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
         captured = args[3 : 3 + len(site.captured)]
         sizes = args[3 + len(site.captured) :]
         query = _query(q, site, _batch_sizes(site, q, k, v))
-        found = variant.build(plan, query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
+        inputs = Inputs(query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
+        found = variant.build(plan, inputs)
         return _restore(found, q, k, v, site)
 
     values = [value_of(n) for n in nodes]

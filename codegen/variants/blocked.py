@@ -7,7 +7,7 @@ covers. This is how attention that no fused kernel takes runs on a CPU, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -22,7 +22,7 @@ from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Const, Expr, Load, Op, Score, Sum, Weight, axes_of, contains, loads_of, walk
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -62,32 +62,18 @@ class Blocked:
         work = block_work(request, blocks, covered, whole_operations(spec.program, spec.weight))
         return form(spec) or Offer({"elements": ELEMENTS[request.device]}, work)
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        q, k, v, captured, sizes = inputs
         from attncomp.codegen.ops import attention
 
         size, _ = extents(plan, q, k, v, sizes)
         if plan.spec.dropout > 0:
             plan, captured = seeded(plan, captured, q.device)
-        return attention(plan, q.expand(size["b"], size["h"], -1, -1), k, v, captured, sizes)
+        return attention(plan, Inputs(q.expand(size["b"], size["h"], -1, -1), k, v, captured, sizes))
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        site = Site.of(plan, q, k, v, captured, sizes)
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q = inputs.q
+        site = Site.of(plan, inputs)
         size = site.size
         out = q.new_empty(size["b"], size["i"], size["h"], size["e"]).transpose(1, 2)
         softmax = plan.spec.kind == "softmax"
@@ -111,20 +97,11 @@ class Blocked:
         return out, lse
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
         """Weights are recomputed block by block, not from `lse`, which is too coarse for float64."""
         spec = plan.spec
-        site = Site.of(plan, q, k, v, captured, sizes)
+        site = Site.of(plan, inputs)
         reader = Operands(site)
         drops = Drops.of(site)
         learned = ["q", "k", "v", *(t.name for t in spec.captured if t.requires_grad)]

@@ -8,7 +8,7 @@ of that sum too. Memory is (queries x keys of a block).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,7 @@ from attncomp.evaluate import evaluate_tensor
 from attncomp.expr import TRUE, Score, Weight
 from attncomp.plan import Plan
 from attncomp.spec_over_queries import OverQueries, as_over_queries
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 
 class BlockedKeys:
@@ -55,30 +55,16 @@ class BlockedKeys:
         operations = whole_operations(found.logits, found.after)
         return Offer({"elements": elements}, block_work(request, blocks, float(n["i"] * n["j"]), operations))
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        q, k, v, captured, sizes = inputs
         from attncomp.codegen.ops import attention
 
         size, _ = extents(plan, q, k, v, sizes)
-        return attention(plan, q.expand(size["b"], size["h"], -1, -1), k, v, captured, sizes)
+        return attention(plan, Inputs(q.expand(size["b"], size["h"], -1, -1), k, v, captured, sizes))
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        site, found = Site.of(plan, q, k, v, captured, sizes), _over_queries(plan)
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q = inputs.q
+        site, found = Site.of(plan, inputs), _over_queries(plan)
         size, reader = site.size, Operands(site)
         mean = plan.spec.normaliser.kind == "sum"
         total = torch.zeros(size["b"], size["h"], size["i"], size["e"], dtype=site.dtype, device=site.device)
@@ -95,20 +81,11 @@ class BlockedKeys:
         return out, rows.squeeze(-1).float() if mean else rows.new_empty(0, dtype=torch.float32)
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
         """Weights are recomputed block by block; so are the rows' sums in float64, for which `lse` is too coarse."""
         spec = plan.spec
-        site, found = Site.of(plan, q, k, v, captured, sizes), _over_queries(plan)
+        site, found = Site.of(plan, inputs), _over_queries(plan)
         reader, elements = Operands(site), plan.params["elements"]
         learned = ["q", "k", "v", *(t.name for t in spec.captured if t.requires_grad)]
         grads = {name: torch.zeros(site.tensors[name].shape, dtype=site.dtype, device=site.device) for name in learned}

@@ -7,7 +7,6 @@ part of the mask (with ``is_causal`` instead of a dense triangle), else with all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH
 from attncomp.evaluate import Grid
 from attncomp.expr import Const
 from attncomp.plan import Plan
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 aten = torch.ops.aten
 
@@ -57,27 +56,12 @@ class CheckedFlash:
         (case,) = request.proof.cases
         return Offer({}, work, note=f"{case.proof.text} where the data allows it", uses_cases=True)
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
-        return attention(plan, q, k, v, captured, sizes)
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        return attention(plan, inputs)
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = inputs[:3]
+        grid = score_grid(plan, inputs, _wide(q))
         actual = _actual(plan, grid)
         c = VENDOR_CPU_FLASH.prepare(actual, grid, q, k, v)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -89,18 +73,10 @@ class CheckedFlash:
         return out, lse.to(torch.float32).contiguous()
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        grid = score_grid(plan, q, k, v, captured, sizes, _wide(q))
+        q, k, v = inputs[:3]
+        grid = score_grid(plan, inputs, _wide(q))
         c: Call = VENDOR_CPU_FLASH.prepare(_actual(plan, grid), grid, q, k, v)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, c.q, c.k, c.v, out, lse, 0.0, c.causal, attn_mask=c.mask, scale=c.scale

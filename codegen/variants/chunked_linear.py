@@ -21,7 +21,7 @@ from attncomp.cost import Efficiency, Work
 from attncomp.expr import Const
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 if TYPE_CHECKING:
     from attncomp.codegen.chunked_linear_triton import Launcher
@@ -84,44 +84,21 @@ class ChunkedLinear:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
-        return attention(plan, q, k, v, captured, sizes)
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        return attention(plan, inputs)
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, captured, sizes = inputs
         if plan.params["backend"] == "triton":
-            return _launcher(plan).forward(q, k, v, captured, sizes)
+            return _launcher(plan).forward(inputs)
         return aten.forward(_aten_sweep(plan, q, captured, sizes), q, k, v)
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
+        q, k, v, captured, sizes = inputs
         if plan.params["backend"] == "triton":
-            return _launcher(plan).backward(grad_out, out, lse, q, k, v, captured, sizes)
+            return _launcher(plan).backward(grad_out, out, lse, inputs)
         return list(aten.backward(_aten_sweep(plan, q, captured, sizes), grad_out, out, q, k, v))
 
 

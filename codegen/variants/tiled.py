@@ -5,7 +5,6 @@ Any pointwise program and any mask; the proven key ranges are loop bounds, so ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from attncomp.codegen.tiled_tiles import has_descriptors, tile_parameters, tiled
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 WIDEST = 256
 DTYPES = ("float16", "bfloat16", "float32")
@@ -71,63 +70,31 @@ class Tiled:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
-        plan, captured, sizes = with_tables(plan, q, k, v, captured, sizes)
-        return attention(plan, q, k, v, captured, sizes)
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+        return attention(*with_tables(plan, inputs))
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(launchers(plan), q, k, v, captured, sizes)
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(launchers(plan), inputs)
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        return backward(launchers(plan), grad_out, out, lse, q, k, v, captured, sizes)
+        return backward(launchers(plan), grad_out, out, lse, inputs)
 
 
 TILED = Tiled()
 
 
-def with_tables(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> tuple[Plan, Sequence[torch.Tensor], Sequence[int]]:
-    """The plan that the operator runs, with its captured tensors and sizes: parts of the program become tables."""
+def with_tables(plan: Plan, inputs: Inputs) -> tuple[Plan, Inputs]:
+    """The plan that the operator runs, and its inputs: parts of the program become tables."""
     found = tabulate(plan.spec)
     if found is None:
-        return plan, captured, sizes
-    tables = table_tensors(plan, found, q, k, v, captured, sizes)
-    named = dict(zip(plan.spec.symbols, sizes, strict=True))
-    kept = [captured[n] for n in found.kept]
-    return replace(plan, spec=found.spec), [*kept, *tables], [named[s] for s in found.spec.symbols]
+        return plan, inputs
+    tables = table_tensors(plan, found, inputs)
+    named = dict(zip(plan.spec.symbols, inputs.sizes, strict=True))
+    captured = [*(inputs.captured[n] for n in found.kept), *tables]
+    sizes = [named[s] for s in found.spec.symbols]
+    return replace(plan, spec=found.spec), inputs._replace(captured=captured, sizes=sizes)
 
 
 def _device(request: Request) -> Rejection | None:

@@ -7,7 +7,6 @@ nothing waits for the device, and a CUDA graph may hold it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,7 @@ from attncomp.codegen.variants.tiled import TILED, with_tables
 from attncomp.cost import Work
 from attncomp.plan import Plan
 from attncomp.spec import TensorInfo
-from attncomp.variant import Exactness, Family, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 
 class TiledChecked:
@@ -54,45 +53,20 @@ class TiledChecked:
             uses_cases=True,
         )
 
-    def build(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
+    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         (case,) = plan.proof.cases
-        holds = case_holds(case, score_grid(plan, q, k, v, captured, sizes, torch.float32))
-        plan, captured, sizes = with_tables(plan, q, k, v, captured, sizes)
+        holds = case_holds(case, score_grid(plan, inputs, torch.float32))
+        plan, inputs = with_tables(plan, inputs)
         spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo(HOLDS, (), "bool")))
-        return attention(replace(plan, spec=spec), q, k, v, [*captured, holds], sizes)
+        return attention(replace(plan, spec=spec), inputs._replace(captured=[*inputs.captured, holds]))
 
-    def forward(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(launchers(plan, _both), q, k, v, captured, sizes)
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(launchers(plan, _both), inputs)
 
     def backward(
-        self,
-        plan: Plan,
-        grad_out: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence[int],
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        return backward(launchers(plan, _both), grad_out, out, lse, q, k, v, captured, sizes)
+        return backward(launchers(plan, _both), grad_out, out, lse, inputs)
 
 
 def _both(plan: Plan) -> tuple[Plan, Plan]:

@@ -28,7 +28,7 @@ from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, H, I, J, Normaliser, TensorInfo, plain_spec
-from attncomp.variant import Offer, Request
+from attncomp.variant import Inputs, Offer, Request
 
 S = Score()
 CAUSAL = ge(I, J)
@@ -106,13 +106,13 @@ def check(
     want = attention_reference(spec, *exact, captured)
     grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(qkv[0].dtype)
     gradients = torch.autograd.grad(want, exact, grad.double())
-    out, lse = CHUNKED_LINEAR.forward(plan, *qkv, captured, ())
+    out, lse = CHUNKED_LINEAR.forward(plan, Inputs(*qkv, captured, ()))
     assert out.shape == want.shape
     assert out.dtype == qkv[0].dtype
     assert out.transpose(1, 2).is_contiguous()
     assert lse.shape == ((0,) if spec.normaliser.kind == "none" else want.shape[:3])
     assert relative(out, want) < limit
-    got = CHUNKED_LINEAR.backward(plan, grad, out, lse, *qkv, captured, ())
+    got = CHUNKED_LINEAR.backward(plan, grad, out, lse, Inputs(*qkv, captured, ()))
     for name, g, x, w in zip("qkv", got, qkv, gradients, strict=True):
         assert g.shape == x.shape
         assert g.dtype == x.dtype

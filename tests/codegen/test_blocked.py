@@ -46,7 +46,7 @@ from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo, Transition, plain_spec
-from attncomp.variant import KernelVariant, Offer, Rejection, Request
+from attncomp.variant import Inputs, KernelVariant, Offer, Rejection, Request
 
 CPU = Hardware("test", "cpu", (0, 0), 1, 1e10, Peak(1e11, 1e11, 1e11, 1e11, 5e10), 1e9, 0, 0, 4e-6)
 S = Score()
@@ -189,14 +189,14 @@ def reference(spec: AttentionSpec, tensors: Sequence[torch.Tensor]) -> torch.Ten
 
 def forward(plan: Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, *others = tensors
-    return BLOCKED.forward(plan, q, k, v, others, ())
+    return BLOCKED.forward(plan, Inputs(q, k, v, others, ()))
 
 
 def backward(
     plan: Plan, upstream: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     q, k, v, *others = tensors
-    return BLOCKED.backward(plan, upstream, out, lse, q, k, v, others, ())
+    return BLOCKED.backward(plan, upstream, out, lse, Inputs(q, k, v, others, ()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -361,7 +361,7 @@ def test_lengths_known_at_run_time() -> None:
     assert isinstance(offer, Offer)
     for length in (1, 31, 100):
         q, k, v = (torch.randn(2, 4, length, 8, dtype=torch.float64) for _ in range(3))
-        out, _ = BLOCKED.forward(plan_of(spec, limits), q, k, v, (), (length,))
+        out, _ = BLOCKED.forward(plan_of(spec, limits), Inputs(q, k, v, (), (length,)))
         torch.testing.assert_close(out, attention_reference(spec, q, k, v, (), (length,)), atol=1e-12, rtol=1e-11)
 
 
@@ -400,21 +400,21 @@ def test_dropout_takes_weights_away_and_scales_the_rest(spec: AttentionSpec) -> 
         tensors=(*dropped.tensors[:2], replace(dropped.tensors[2], shape=(*dropped.tensors[2].shape[:3], Const(N)))),
     )
     torch.manual_seed(3)
-    found = BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ())
+    found = BLOCKED.build(plan_of(shaped, proof(shaped)), Inputs(q, k, v, (), ()))
     whole = attention_reference(replace(shaped, dropout=0.0), q, k, v)
     kept = found != 0
     assert 0.72 < float(kept.double().mean()) < 0.78
     torch.testing.assert_close(found, torch.where(kept, whole / 0.75, 0.0), atol=1e-12, rtol=1e-10)
-    again = BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ())
+    again = BLOCKED.build(plan_of(shaped, proof(shaped)), Inputs(q, k, v, (), ()))
     assert not torch.equal(found, again)
     torch.manual_seed(3)
-    assert torch.equal(found, BLOCKED.build(plan_of(shaped, proof(shaped)), q, k, v, (), ()))
+    assert torch.equal(found, BLOCKED.build(plan_of(shaped, proof(shaped)), Inputs(q, k, v, (), ())))
 
 
 def test_everything_is_dropped() -> None:
     spec = replace(PLAIN, dropout=1.0)
     q, k, v = made(spec)[:3]
-    assert not bool(BLOCKED.build(plan_of(spec, proof(spec)), q, k, v, (), ()).any())
+    assert not bool(BLOCKED.build(plan_of(spec, proof(spec)), Inputs(q, k, v, (), ())).any())
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, mul(WEIGHT, Const(2.0))], ids=str)
@@ -426,7 +426,7 @@ def test_gradients_through_dropout(weight: Expr) -> None:
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(7)
-        return BLOCKED.build(plan, q, k, v, (), ())
+        return BLOCKED.build(plan, Inputs(q, k, v, (), ()))
 
     assert torch.autograd.gradcheck(attend, tensors)
 
@@ -441,7 +441,7 @@ def test_a_falling_bias_leaves_no_subnormal_weights() -> None:
     """Processors multiply those several times slower; beside a weight of 1 they are nothing."""
     spec = spec_of(CAUSAL, program=add(SCALED, mul(DISTANCE, Const(4.0))), dtype="float32", training=False)
     tensors = made(spec)
-    site = Site.of(plan_of(spec, proof(spec, hi=NEXT)), tensors[0], tensors[1], tensors[2], (), ())
+    site = Site.of(plan_of(spec, proof(spec, hi=NEXT)), Inputs(tensors[0], tensors[1], tensors[2], (), ()))
     box = Box((0, 2), (0, 4), (0, N), (0, N), (0, 1))
     weight = weights(site, Operands(site), box).weight
     tiny = torch.finfo(torch.float32).tiny

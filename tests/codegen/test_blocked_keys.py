@@ -17,7 +17,7 @@ from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.spec_over_queries import as_over_queries, over_queries
-from attncomp.variant import Offer, Rejection, Request
+from attncomp.variant import Inputs, Offer, Rejection, Request
 
 CPU = Hardware("test", "cpu", (0, 0), 1, 1e10, Peak(1e11, 1e11, 1e11, 1e11, 5e10), 1e9, 0, 0, 4e-6)
 BIAS = TensorInfo("c0", (Const(4), Const(5), Const(23)), "float64", True)
@@ -73,11 +73,11 @@ def test_forward_and_gradients_are_the_references(name: str, elements: int) -> N
     expected = attention_reference(spec, q, k, v, captured)
     q, k, v, *captured = [t.detach() for t in tensors]
     plan = plan_of(spec, elements)
-    out, lse = BLOCKED_KEYS.forward(plan, q, k, v, captured, ())
+    out, lse = BLOCKED_KEYS.forward(plan, Inputs(q, k, v, captured, ()))
     torch.testing.assert_close(out, expected.detach(), atol=1e-12, rtol=1e-11)
     assert out.transpose(1, 2).is_contiguous()
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    found = BLOCKED_KEYS.backward(plan, upstream, out, lse, q, k, v, captured, ())
+    found = BLOCKED_KEYS.backward(plan, upstream, out, lse, Inputs(q, k, v, captured, ()))
     for a, b in zip(found, torch.autograd.grad(expected, tensors, upstream), strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-10)
 

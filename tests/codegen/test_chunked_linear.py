@@ -37,7 +37,7 @@ from attncomp.expr import (
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, Transition, plain_spec
-from attncomp.variant import Offer, Rejection
+from attncomp.variant import Inputs, Offer, Rejection
 from tests.codegen.linear_cases import (
     CAUSAL,
     DECAYS,
@@ -104,13 +104,13 @@ def test_strides(kind: str) -> None:
     spec = linear_spec(program, length=100, captured=H_INFO)
     plan = plan_of(spec)
     qkv = inputs(spec)
-    plain, lse = CHUNKED_LINEAR.forward(plan, *qkv, captured, ())
+    plain, lse = CHUNKED_LINEAR.forward(plan, Inputs(*qkv, captured, ()))
     grad = torch.ones_like(plain)
     odd = each(qkv, lambda x: strided(x, kind))
-    out, _ = CHUNKED_LINEAR.forward(plan, *odd, captured, ())
+    out, _ = CHUNKED_LINEAR.forward(plan, Inputs(*odd, captured, ()))
     torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
-    want = CHUNKED_LINEAR.backward(plan, grad, plain, lse, *qkv, captured, ())
-    got = CHUNKED_LINEAR.backward(plan, strided(grad, kind), plain, lse, *odd, captured, ())
+    want = CHUNKED_LINEAR.backward(plan, grad, plain, lse, Inputs(*qkv, captured, ()))
+    got = CHUNKED_LINEAR.backward(plan, strided(grad, kind), plain, lse, Inputs(*odd, captured, ()))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
@@ -137,11 +137,11 @@ def test_a_decay_that_overflows_only_where_its_definition_does(length: int) -> N
     qkv = inputs(spec)
     exact = each(qkv, exactly)
     want = attention_reference(spec, *exact)
-    out, lse = CHUNKED_LINEAR.forward(plan, *qkv, (), ())
+    out, lse = CHUNKED_LINEAR.forward(plan, Inputs(*qkv, (), ()))
     near = min(length, 40)
     assert relative(out[:, :, :near], want[:, :, :near]) < 1e-5
     grad = torch.ones_like(out)
-    dq, dk, dv = CHUNKED_LINEAR.backward(plan, grad, out, lse, *qkv, (), ())
+    dq, dk, dv = CHUNKED_LINEAR.backward(plan, grad, out, lse, Inputs(*qkv, (), ()))
     wq, wk, wv = torch.autograd.grad(want, exact, grad.double())
     assert relative(dq[:, :, :near], wq[:, :, :near]) < 1e-5
     assert relative(dk[:, :, -near:], wk[:, :, -near:]) < 1e-5
@@ -152,9 +152,9 @@ def test_later_rows_never_leak_into_earlier_ones() -> None:
     """The upper triangle is cut off, not multiplied by zero: an infinite key spoils only its own and later rows."""
     spec = linear_spec(length=100, batch=1)
     q, k, v = inputs(spec)
-    clean, _ = CHUNKED_LINEAR.forward(plan_of(spec), q, k, v, (), ())
+    clean, _ = CHUNKED_LINEAR.forward(plan_of(spec), Inputs(q, k, v, (), ()))
     k[:, :, 70] = math.inf
-    out, _ = CHUNKED_LINEAR.forward(plan_of(spec), q, k, v, (), ())
+    out, _ = CHUNKED_LINEAR.forward(plan_of(spec), Inputs(q, k, v, (), ()))
     torch.testing.assert_close(out[:, :, :70], clean[:, :, :70], rtol=0, atol=0)
     assert not out[:, :, 70:].isfinite().any()
 
@@ -182,8 +182,8 @@ def test_memory_is_linear(normaliser: Normaliser) -> None:
     plan = plan_of(spec)
     qkv = inputs(spec, positive=True)
     with LargestTensor() as largest:
-        out, lse = CHUNKED_LINEAR.forward(plan, *qkv, (), ())
-        CHUNKED_LINEAR.backward(plan, torch.ones_like(out), out, lse, *qkv, (), ())
+        out, lse = CHUNKED_LINEAR.forward(plan, Inputs(*qkv, (), ()))
+        CHUNKED_LINEAR.backward(plan, torch.ones_like(out), out, lse, Inputs(*qkv, (), ()))
     assert largest.numel <= length * width  # the n² matrix has 1024 times as many
 
 
@@ -338,7 +338,7 @@ def test_one_plan_serves_several_lengths_and_batches() -> None:
         rate = -torch.rand(b, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         qkv = inputs(concrete)
         values = {"s0": n, "s1": b}
-        out, _ = CHUNKED_LINEAR.forward(plan, *qkv, (rate,), [values[s] for s in spec.symbols])
+        out, _ = CHUNKED_LINEAR.forward(plan, Inputs(*qkv, (rate,), [values[s] for s in spec.symbols]))
         plain = replace(concrete, program=substitute_first(concrete, b))
         assert relative(out, attention_reference(plain, *qkv, (rate,))) < 1e-12
 
@@ -354,7 +354,7 @@ def test_through_the_operator_with_autograd() -> None:
     plan = plan_of(spec)
     register_plan(plan)
     qkv = each(inputs(spec, positive=True), exactly)
-    out = CHUNKED_LINEAR.build(plan, *qkv, captured, ())
+    out = CHUNKED_LINEAR.build(plan, Inputs(*qkv, captured, ()))
     want = attention_reference(spec, *qkv, captured)
     assert relative(out, want) < 1e-12
     grad = torch.ones_like(out)

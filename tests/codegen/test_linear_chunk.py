@@ -19,7 +19,7 @@ from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR, tiles_for
 from attncomp.expr import Const
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec, Normaliser, TensorInfo
-from attncomp.variant import Offer
+from attncomp.variant import Inputs, Offer
 from tests.codegen.linear_cases import (
     DECAYS,
     H_INFO,
@@ -198,14 +198,14 @@ def test_kernels_are_right_on_the_gpu(length: int, dtype: str, normaliser: Norma
     assert (plan.params["backend"], exact.params["backend"]) == ("triton", "aten")
     q, k, v = (x.cuda() for x in inputs(spec, positive=normaliser.kind == "sum"))
     rates = tuple(c.cuda() for c in captured)
-    out, sums = CHUNKED_LINEAR.forward(plan, q, k, v, rates, ())
-    want, want_sums = CHUNKED_LINEAR.forward(exact, q.double(), k.double(), v.double(), rates, ())
+    out, sums = CHUNKED_LINEAR.forward(plan, Inputs(q, k, v, rates, ()))
+    want, want_sums = CHUNKED_LINEAR.forward(exact, Inputs(q.double(), k.double(), v.double(), rates, ()))
     limit = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
     assert relative(out, want) < limit
     grad = torch.randn_like(out)
-    got = CHUNKED_LINEAR.backward(plan, grad, out, sums, q, k, v, rates, ())
+    got = CHUNKED_LINEAR.backward(plan, grad, out, sums, Inputs(q, k, v, rates, ()))
     expected = CHUNKED_LINEAR.backward(
-        exact, grad.double(), want, want_sums, q.double(), k.double(), v.double(), rates, ()
+        exact, grad.double(), want, want_sums, Inputs(q.double(), k.double(), v.double(), rates, ())
     )
     for g, w in zip(got, expected, strict=True):
         assert relative(g, w) < limit

@@ -13,6 +13,7 @@ from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, H, I, J, TensorInfo, plain_spec
+from attncomp.variant import Inputs
 
 QUERIES, KEYS, HEADS = 7, 9, 3
 WEIGHT = TensorInfo("c0", (Const(5), Const(HEADS)), "float64", True)
@@ -49,7 +50,7 @@ def test_a_gather_by_buckets_becomes_one_table_with_its_gradient() -> None:
     q, k, v = (torch.randn(2, HEADS, n, 4, dtype=torch.float64) for n in (QUERIES, KEYS, KEYS))
     weight = torch.randn(5, HEADS, dtype=torch.float64, requires_grad=True)
     expected = attention_reference(spec, q, k, v, [weight, buckets()])
-    tables = table_tensors(Plan(spec, proof(spec), "tiled"), found, q, k, v, [weight, buckets()], ())
+    tables = table_tensors(Plan(spec, proof(spec), "tiled"), found, Inputs(q, k, v, [weight, buckets()], ()))
     out = attention_reference(found.spec, q, k, v, tables)
     assert (out - expected).norm() <= 1e-6 * expected.norm()  # a table is float32
     direction = torch.randn_like(out)

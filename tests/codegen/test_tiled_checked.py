@@ -24,7 +24,7 @@ from attncomp.plan import Plan
 from attncomp.proof import Case
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, H, I, J, TensorInfo, plain_spec
-from attncomp.variant import Offer, Rejection, Request
+from attncomp.variant import Inputs, Offer, Rejection, Request
 from tests.codegen.test_tiled_compile import compile_all
 from tests.codegen.tiled_runs import SMALL_TILE, relative_error
 
@@ -102,7 +102,7 @@ def built_errors(kind: str, holds: bool) -> dict[str, float]:
         [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
         for dtype in (torch.float32, torch.float64)
     )
-    out = TILED_CHECKED.build(plan, ours[0], ours[1], ours[2], ours[3:], ())
+    out = TILED_CHECKED.build(plan, Inputs(ours[0], ours[1], ours[2], ours[3:], ()))
     expected = attention_reference(plan.spec, wanted[0], wanted[1], wanted[2], wanted[3:], ())
     direction = torch.randn_like(out)
     out.backward(direction)

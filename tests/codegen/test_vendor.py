@@ -45,7 +45,7 @@ from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo, plain_spec
-from attncomp.variant import Offer, Rejection, Request
+from attncomp.variant import Inputs, Offer, Rejection, Request
 
 CPU = Hardware("test", "cpu", (0, 0), 1, 1e10, Peak(1e11, 1e11, 1e11, 1e11, 5e10), 1e9, 0, 0, 4e-6)
 CAUSAL = le(J, I)
@@ -90,7 +90,7 @@ def reference(spec: AttentionSpec, tensors: Sequence[torch.Tensor], sizes: Seque
 
 def built(variant: SdpaKernel, plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     q, k, v, *captured = tensors
-    return variant.build(plan, q, k, v, captured, ())
+    return variant.build(plan, Inputs(q, k, v, captured, ()))
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def traced(
     mode: Literal["real", "fake", "symbolic"] = "symbolic",
 ) -> torch.fx.GraphModule:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *captured: torch.Tensor) -> torch.Tensor:
-        return variant.build(plan, q, k, v, captured, ())
+        return variant.build(plan, Inputs(q, k, v, captured, ()))
 
     return make_fx(run, tracing_mode=mode, pre_dispatch=True)(*tensors)
 
@@ -206,7 +206,7 @@ def test_tracing_with_symbolic_lengths_adds_no_guards() -> None:
     before = len(shape_env.guards)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
-        return VENDOR_CPU_FLASH.build(plan, q, k, v, [pad], [q.shape[2]])
+        return VENDOR_CPU_FLASH.build(plan, Inputs(q, k, v, [pad], [q.shape[2]]))
 
     with mode:
         graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
@@ -287,7 +287,7 @@ def test_broadcast_batches_are_expanded() -> None:
     spec = replace(spec, tensors=one, score=score, value=Load("v", (ZERO, H, J, Axis("e"))))
     plan = planned(VENDOR_CPU_FLASH, spec, proof_of(spec, "none"))
     q, k, v = inputs(spec)
-    out = VENDOR_CPU_FLASH.build(plan, q, k, v, (), ())
+    out = VENDOR_CPU_FLASH.build(plan, Inputs(q, k, v, (), ()))
     torch.testing.assert_close(out.double(), reference(spec, [q, k, v]), atol=1e-5, rtol=1e-5)
 
 

@@ -15,7 +15,7 @@ from attncomp.hardware import H100_SXM, Hardware
 from attncomp.plan import Plan
 from attncomp.reference import attention_reference
 from attncomp.spec import AXES
-from attncomp.variant import Offer, Rejection, Request
+from attncomp.variant import Inputs, Offer, Rejection, Request
 from tests.codegen.tiled_cases import CASES, Case
 
 SMALL_TILE = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
@@ -75,14 +75,14 @@ def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
     ]
     expected = attention_reference(case.spec, wanted[0], wanted[1], wanted[2], wanted[3:], case.sizes)
     variant = Tiled()
-    out, lse = variant.forward(plan, q, k, v, captured, case.sizes)
+    out, lse = variant.forward(plan, Inputs(q, k, v, captured, case.sizes))
     assert out.shape == expected.shape
     assert out.transpose(1, 2).is_contiguous()
     pairs = {"out": (out, expected.detach())}
     if not case.forward_only:
         grad = torch.randn(expected.shape, dtype=torch.float64).to(out)
         expected.backward(grad.double())
-        got = variant.backward(plan, grad, out, lse, q, k, v, captured, case.sizes)
+        got = variant.backward(plan, grad, out, lse, Inputs(q, k, v, captured, case.sizes))
         names = [t.name for t, learn in zip(case.spec.tensors, learns, strict=True) if learn]
         tensors = [x for x, learn in zip(inputs, learns, strict=True) if learn]
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted if x.requires_grad]
@@ -115,7 +115,7 @@ def built_errors(name: str) -> dict[str, float]:
     wanted = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in leaves]
     expected = attention_reference(case.spec, wanted[0], wanted[1], wanted[2], wanted[3:], case.sizes)
     plan = small_tiles(plan_of(case, "cpu"))
-    out = Tiled().build(plan, leaves[0], leaves[1], leaves[2], leaves[3:], case.sizes)
+    out = Tiled().build(plan, Inputs(leaves[0], leaves[1], leaves[2], leaves[3:], case.sizes))
     direction = torch.randn_like(out)
     out.backward(direction)
     expected.backward(direction.double())
