@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.fx import Node
 
 from attncomp import polynomial
 from attncomp.expr import Axis, Const, Weight, axes_of, loads_of, substitute
+from attncomp.passes.assemble import holds_masks
 from attncomp.passes.axes import Axes, split_merged
 from attncomp.passes.contraction import contract, is_data, summed_size
+from attncomp.passes.lift_exponential import may_underflow
 from attncomp.passes.lift_linear import normalised_after
 from attncomp.passes.mask import row_normaliser
 from attncomp.passes.nodes import argument, shape_of, value_of
@@ -68,13 +71,14 @@ def lift_over_queries(graph: torch.fx.GraphModule, softmax: Node, output: Node) 
     if loads_of(after_softmax) or axes_of(after_softmax) or not (rest is None or isinstance(rest, Const)):
         yield Rejection("weights-changed", "the weights of a softmax over the queries are masked or scaled afterwards")
     reader = Reader(graph, extents, narrowest=value_of(output).dtype)  # a product summed over the width is the score
+    scores = reader.at(source, index)
     made = site_of_program(
         reader,
         "softmax",
         softmax,
         last,
         axes,
-        reader.at(source, index),
+        scores,
         Weight(),
         values,
         value_index,
@@ -88,6 +92,9 @@ def lift_over_queries(graph: torch.fx.GraphModule, softmax: Node, output: Node) 
         yield Rejection("values-scaled", "values with a factor of their own beside a softmax over the queries")
     if softmax not in made.covered() or not (is_data(made.k.node) and is_data(made.v.node)):
         yield None  # the weights are used otherwise; or weights of several heads go through a layer
+    if may_underflow(scores, partial(holds_masks, reader)):
+        reason = "where all scores of a key are huge and negative, their exponentials are zero in the program's sum"
+        yield Rejection("no-maximum", reason)
     eps = float(rest.value) if isinstance(rest, Const) else 0.0
     normaliser = Normaliser("none") if normalised is None else Normaliser("sum", eps)
     program = substitute(after_softmax, {Weight(): over_queries(made.spec, made.spec.program)})
