@@ -5,6 +5,7 @@ Used by the reference, by ATen variants and by numeric checks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -57,8 +58,7 @@ def evaluate_tensor(e: Expr, grid: Grid) -> torch.Tensor:
     value = evaluate(e, grid)
     if isinstance(value, torch.Tensor):
         return value
-    dtype = torch.bool if e.kind == "bool" else torch.int64 if e.kind == "int" else grid.dtype
-    return torch.full([1] * len(grid.axes), value, dtype=dtype, device=grid.device)
+    return _tensor(value, e.kind, grid)
 
 
 def _value(e: Expr, grid: Grid, visit: Any) -> Value:
@@ -189,4 +189,6 @@ def _tensor(value: Value | torch.SymInt, kind: str, grid: Grid) -> torch.Tensor:
     if isinstance(value, torch.SymInt):  # a run-time length while tracing: keep it symbolic
         symbol: Any = value
         return torch.scalar_tensor(symbol, dtype=dtype, device=grid.device)
+    if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:  # as the program's own arithmetic would be
+        value = math.copysign(math.inf, value)
     return torch.full([1] * len(grid.axes), value, dtype=dtype, device=grid.device)

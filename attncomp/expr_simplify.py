@@ -24,7 +24,7 @@ def op(name: str, *args: Expr) -> Expr:
     info = OPS[name]
     if len(args) != info.arity:
         raise ValueError(f"{name} takes {info.arity} arguments, got {len(args)}")
-    if all(isinstance(a, Const) for a in args):
+    if all(isinstance(a, Const) and _ordinary(a.value) for a in args):
         values = [a.value for a in args if isinstance(a, Const)]
         if not (name in ("floordiv", "mod") and values[1] == 0) and not (
             name == "to_int" and not math.isfinite(values[0])
@@ -35,6 +35,19 @@ def op(name: str, *args: Expr) -> Expr:
     rule = _SIMPLIFY.get(name)
     simplified = rule(*args) if rule else None
     return Op(name, args) if simplified is None else simplified
+
+
+def _ordinary(value: Number) -> bool:
+    """Whether float32 and float64 both hold a number of this size.
+
+    A mask's ``finfo.min`` squared is infinite in one and 1e77 in the other: such a number is written down, to become
+    what it is in the type of the program, and nothing is computed from it here.
+    """
+    return not isinstance(value, float) or value == 0 or not math.isfinite(value) or _LEAST <= abs(value) <= _MOST
+
+
+_LEAST, _MOST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+"""float32's smallest subnormal and largest numbers."""
 
 
 def const(value: Number) -> Const:
@@ -72,7 +85,7 @@ def _simplify_add(x: Expr, y: Expr) -> Expr | None:
         return to_float(y)
     if _is(y, 0):
         return to_float(x)
-    if isinstance(x, Const):  # constants to the right: one spelling
+    if isinstance(x, Const) and not isinstance(y, Const):  # constants to the right: one spelling
         return add(y, x)
     if (
         isinstance(y, Const)
@@ -81,9 +94,15 @@ def _simplify_add(x: Expr, y: Expr) -> Expr | None:
         and isinstance(x.args[1], Const)
         and math.isfinite(y.value)
         and math.isfinite(x.args[1].value)
+        and _keeps_digits(float(x.args[1].value), float(y.value))
     ):
         return add(x.args[0], Const(float(x.args[1].value) + float(y.value)))
     return _over_where("add", (x, y))
+
+
+def _keeps_digits(a: float, b: float) -> bool:
+    """Whether ``(x + a) + b`` is ``x + (a + b)``: not where a large number swallows `x` and is taken back."""
+    return a * b >= 0 or max(abs(a), abs(b)) <= 2.0**10
 
 
 def _simplify_sub(x: Expr, y: Expr) -> Expr | None:
@@ -103,12 +122,13 @@ def _simplify_mul(x: Expr, y: Expr) -> Expr | None:
         return to_float(y)
     if _is(y, 1):
         return to_float(x)
-    if isinstance(x, Const):
+    if isinstance(x, Const) and not isinstance(y, Const):
         return mul(y, x)
     if isinstance(y, Const) and isinstance(x, Op) and x.name == "mul" and isinstance(x.args[1], Const):
         first, second = float(x.args[1].value), float(y.value)
         # A huge number (a mask's finfo.min) may become infinite between a factor above 1 and one below.
-        if abs(first) <= 1 or abs(second) >= 1 or not _reads(x):
+        kept = abs(first) <= 1 or abs(second) >= 1 or not _reads(x)
+        if kept and all(map(_ordinary, (first, second, first * second))):
             return mul(x.args[0], Const(first * second))
     if isinstance(x, Op) and isinstance(y, Op) and x.name == y.name == "where" and x.args[0] == y.args[0]:
         return where(x.args[0], mul(x.args[1], y.args[1]), mul(x.args[2], y.args[2]))

@@ -249,3 +249,32 @@ def test_scores_rounded_to_integers() -> None:
         return (scores_of(q, k) * 5).round().softmax(-1) @ v
 
     agree(f, *heads())
+
+
+# --- constants beyond a type's range ----------------------------------------------------------------------------------
+
+
+SMALLEST = torch.finfo(torch.float32).min
+
+
+def hidden(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return scores_of(q, k).masked_fill(~causal(q.shape[-2]), SMALLEST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.square(),  # infinite in float32, 1e77 in float64
+        lambda s: s.square() * 1e-70,  # and infinite still, 1e7
+        lambda s: s * 2 / 1e38,
+        lambda s: -(s + SMALLEST),
+        lambda s: ((s + 3e38) - 3e38) * 1e-38,  # the scores are lost
+    ],
+    ids=["squared", "squared-and-scaled", "doubled-and-scaled", "added-and-negated", "there-and-back"],
+)
+def test_fills_that_leave_the_range_of_float32(dtype: torch.dtype, change: Any) -> None:
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(change(hidden(q, k)), -1) @ v
+
+    agree(f, *heads(1, 2, 8, 4, dtype=dtype))
