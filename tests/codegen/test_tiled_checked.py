@@ -154,7 +154,7 @@ def test_one_compilation_for_both_kinds_on_a_gpu(train: bool) -> None:
     for mask in (triangle, other, triangle):
         leaves = [x.clone().requires_grad_(train) for x in (q, k, v)]
         wide = [x.detach().double().requires_grad_(train) for x in (q, k, v)]
-        results = compiled(*leaves, mask), attend(*wide, mask)
+        results = compiled(*leaves, mask), attend(wide[0], wide[1], wide[2], mask)
         assert relative_error(results[0].detach(), results[1].detach()) < 1e-2
         if train:
             direction = torch.randn_like(results[0])
