@@ -240,5 +240,6 @@ def forget_warnings() -> Any:
 
 
 # A compiled module asks its backend for the settings it was compiled with (`OptimizedModule.get_compiler_config`); they
-# are inductor's. A function's type has no such attribute.
-attncomp.get_compiler_config = lambda: torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
+# are inductor's.
+_backend: Any = attncomp  # a function's type has no such attribute
+_backend.get_compiler_config = lambda: torch._inductor.config.get_config_copy()
