@@ -156,6 +156,52 @@ def test_no_wait_for_the_device(variant: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("variant", ["tiled", "vendor_efficient", "vendor_cudnn"])
+def test_numbers_on_the_host(variant: str) -> None:
+    """Under dynamic=True a float of a module is an input of the graph, and a tensor on the CPU."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 0.3
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            return ((q @ k.mT) * self.scale).softmax(-1) @ v
+
+    model = Scaled()
+    compiled: Any = torch.compile(model, backend="attncomp", options=only(variant), dynamic=True)
+    with torch.no_grad():
+        for scale in (0.3, 0.1):
+            model.scale = scale
+            given = tensors(variant, 0)
+            assert off(compiled(*given), model(*wide(given))) < 1e-2
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compiled(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert set(variants()) == {variant}
+
+
+@pytest.mark.parametrize("variant", ["tiled", "vendor_efficient"])
+def test_an_index_on_the_host(variant: str) -> None:
+    """PyTorch indexes a tensor on a GPU with one on the CPU."""
+
+    def biased(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        out: torch.Tensor = ((q @ k.mT) * 0.125 + table[index]).softmax(-1) @ v
+        return out
+
+    given = [*tensors(variant, 0), torch.randn(7, device="cuda")]
+    index = torch.randint(0, 7, (LENGTH, LENGTH))
+    compiled: Any = torch.compile(biased, backend="attncomp", options=only(variant), dynamic=False)
+    with torch.no_grad():
+        found, wanted = compiled(*given, index), biased(*wide(given), index)  # type: ignore[call-arg]  # three, and one
+    assert off(found, wanted) < 1e-2
+    assert variants() == [variant]
+
+
 def test_autocast() -> None:
     layer = torch.nn.Linear(64, 192).cuda()
 
