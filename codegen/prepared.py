@@ -20,15 +20,18 @@ ALIGNMENT = 16
 """Bytes. What Triton makes of a pointer, and the hardware of a descriptor, depends on being a multiple of it."""
 
 
-def signature(tensors: Iterable[torch.Tensor], pointers: Iterable[int], sizes: Iterable[int]) -> Hashable:
-    """How `tensors` lie in memory, with the integers `sizes`.
+def signature(tensors: Iterable[torch.Tensor], sizes: Iterable[int]) -> tuple[Hashable, list[int]]:
+    """How `tensors` lie in memory, with the integers `sizes`; and the tensors' addresses.
 
-    pointers: the tensors' addresses, which the caller needs too; only their alignment is part of the signature.
+    Of an address only the alignment is part of the signature.
     """
     key: list[Hashable] = [*sizes]
-    for t, pointer in zip(tensors, pointers):  # noqa: B905 (as many as there are tensors; strict costs time)
+    pointers = []
+    for t in tensors:
+        pointer = t.data_ptr()
+        pointers.append(pointer)
         key += t.shape, t.stride(), t.dtype, t.get_device(), pointer % ALIGNMENT == 0
-    return tuple(key)
+    return tuple(key), pointers
 
 
 class Memo(Generic[T]):

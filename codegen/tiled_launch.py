@@ -238,8 +238,7 @@ def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tenso
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
     tensors = [q, k, v, *_beside(q, captured)]
-    pointers = [t.data_ptr() for t in tensors]
-    key = signature(tensors, pointers, sizes)
+    key, pointers = signature(tensors, sizes)
     prepared = kernels.forwards.get(key)
     if prepared is None:
         prepared = kernels.forwards.keep(key, kernels.forward(tensors, sizes))
@@ -253,8 +252,7 @@ def backward(
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
     tensors = [q, k, v, out, grad_out, lse, *_beside(q, captured)]
-    pointers = [t.data_ptr() for t in tensors]
-    key = signature(tensors, pointers, sizes)
+    key, pointers = signature(tensors, sizes)
     prepared = kernels.backwards.get(key)
     if prepared is None:
         prepared = kernels.backwards.keep(key, kernels.backward(tensors, sizes))
