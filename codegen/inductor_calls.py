@@ -22,7 +22,7 @@ from attncomp.codegen import ops
 log = logging.getLogger("attncomp")
 
 _lock = threading.Lock()
-_CALLED = {
+_CALLED: dict[Any, tuple[str, str]] = {
     torch.ops.attncomp.attention.default: (ops.run_attention.__name__, "attncomp_attention"),
     torch.ops.attncomp.attention_backward.default: (ops.run_attention_backward.__name__, "attncomp_attention_backward"),
 }
@@ -30,7 +30,7 @@ _CALLED = {
 
 
 def call_directly() -> None:
-    """Let inductor's code call attncomp's functions; it goes on to call the operators where inductor is not as known."""
+    """Let inductor's code call attncomp's functions, and go on to call the operators where inductor looks different."""
     with _lock:
         _register()
 
@@ -68,7 +68,7 @@ def _kernel_class() -> Any:
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    class AttentionCall(ir.FallbackKernel):  # type: ignore[misc, no-any-unimported]
+    class AttentionCall(ir.FallbackKernel):
         """A call of a function that `_CALLED` names."""
 
         def codegen(self, wrapper: Any) -> None:

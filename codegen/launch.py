@@ -162,15 +162,14 @@ def describable(tensor: torch.Tensor) -> bool:
 class Boxes:
     """Tensor descriptors over (1, 1, rows, width) boxes of tensors with four dimensions that are `describable`."""
 
-    __slots__ = ("_block", "_first")
+    __slots__ = ("_block", "_first", "_type")
 
     def __init__(self, rows: int, width: int) -> None:
         self._block = [1, 1, rows, width]
+        self._type: Any = None
         self._first: dict[str, Any] = {}
 
     def of(self, tensor: torch.Tensor) -> Any:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         # A dimension of size 1 may have any stride in PyTorch; the hardware wants multiples of 16 bytes.
         shape = list(tensor.shape)
         strides = [
@@ -178,12 +177,15 @@ class Boxes:
         ]
         strides.append(1)
         if not self._first:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            self._type = TensorDescriptor
             made = TensorDescriptor(tensor, shape, strides, self._block)
             self._first = {
                 name: value for name, value in vars(made).items() if name not in ("base", "shape", "strides")
             }
             return made
         # Triton's checks, which `describable` has made already, cost more than the rest: only the first is checked.
-        box = object.__new__(TensorDescriptor)
+        box = object.__new__(self._type)
         box.__dict__.update(self._first, base=tensor, shape=shape, strides=strides)
         return box

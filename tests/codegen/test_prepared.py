@@ -224,13 +224,13 @@ def layouts_of_one_plan() -> dict[str, float]:
         for name, change in _LAYOUTS.items():
             inputs = [change(n, torch.randn_like(x) if x.is_floating_point() else x) for n, x in enumerate(first)]
             q, k, v, *captured = inputs
-            expected = attention_reference(case.spec, *(x.double() for x in (q, k, v)), captured, case.sizes)
+            expected = attention_reference(case.spec, q.double(), k.double(), v.double(), captured, case.sizes)
             given = Inputs(q, k, v, captured, case.sizes)
             out, lse = TILED.forward(plan, given)
             found[f"{name} {round_}"] = relative_error(out, expected)
             grad = torch.randn_like(out)
             grads = TILED.backward(plan, grad, out, lse, given)
-            plain = Inputs(*(x.contiguous() for x in (q, k, v)), captured, case.sizes)
+            plain = Inputs(q.contiguous(), k.contiguous(), v.contiguous(), captured, case.sizes)
             right = TILED.backward(plan, grad.contiguous(), out.contiguous(), lse, plain)
             errors = [relative_error(x, y) for x, y in zip(grads, right, strict=True)]
             found[f"{name} {round_} backward"] = max(errors)
@@ -252,3 +252,67 @@ def test_layouts_are_not_taken_for_each_other(interpreter: Callable[..., dict[st
     found = interpreter(layouts_of_one_plan)
     assert len(found) == 4 * len(_LAYOUTS)
     assert max(found.values()) <= 2e-5, found
+
+
+# -- on a device -----------------------------------------------------------------------------------------------------
+
+
+def _on_cuda(name: str, dtype: str) -> tuple[Any, Any, Callable[..., Any]]:
+    """(case, plan, a check of one call with new tensors against the reference)."""
+    from attncomp.codegen.variants.tiled import TILED
+
+    case = with_dtype(find(name), dtype)
+    plan = plan_of(case, "cuda")
+
+    def check(change: Callable[[int, torch.Tensor], torch.Tensor] = lambda n, x: x) -> None:
+        inputs = [change(n, x) for n, x in enumerate(case.inputs("cuda"))]
+        q, k, v, *captured = inputs
+        expected = attention_reference(case.spec, q.double(), k.double(), v.double(), captured, case.sizes)
+        out, _ = TILED.forward(plan, Inputs(q, k, v, captured, case.sizes))
+        assert relative_error(out, expected) <= 3e-2
+
+    return case, plan, check
+
+
+def _on(x: torch.Tensor, misaligned: bool) -> torch.Tensor:
+    if not misaligned:
+        return x
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return room[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_later_calls_on_a_device_are_direct_and_right(dtype: str) -> None:
+    from attncomp.codegen.tiled_launch import kernels_of
+
+    _, plan, check = _on_cuda("causal", dtype)
+    for _ in range(4):
+        check()
+        check(lambda n, x: _on(x, n == 1))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        check()
+    stream.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: check(), range(16)))
+    assert len(kernels_of(plan).forwards) == 2
+    launches = [x for call in kernels_of(plan).forwards._made.values() for x in call._launches]
+    assert all(x._code.direct is not None for x in launches), "this Triton's launcher is not as known"
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_direct_calls() -> None:
+    from attncomp.codegen.variants.tiled import TILED
+
+    case, plan, check = _on_cuda("causal", "bfloat16")
+    check()
+    q, k, v = case.inputs("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = TILED.forward(plan, Inputs(q, k, v, [], case.sizes))
+    for _ in range(3):
+        q.normal_()
+        graph.replay()
+        expected = attention_reference(case.spec, q.double(), k.double(), v.double(), [], case.sizes)
+        assert relative_error(out, expected) <= 3e-2
