@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import attncomp
 from attncomp.codegen import launch, ops
 from attncomp.codegen.fingerprint import sources_fingerprint
 from attncomp.codegen.prepared import signature
@@ -203,11 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     m.say(f"{m.conditions(args.device)}; microseconds of host time for one call\n")
     rows = []
+    before = len(attncomp.reports())
     for name, (forward, both) in whole_calls(inputs, digest, args.device).items():
         with torch.no_grad():
             alone = us(forward)
         rows.append([name, alone, us(both)])
     m.say(m.table(["whole calls", "forward", "forward and backward"], rows))
+    if args.device == "cuda":
+        m.say(f"\ncapped: {m.report_summary(m.reports_since(before))}")
     with torch.no_grad():
         for backward in (False, True):
             found = layers(plan, inputs, digest, backward=backward)

@@ -149,11 +149,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, nothing broadcast."""
+    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, not broadcast or empty."""
     item = tensor.element_size()
     *outer, last = tensor.stride()
     return (
         last == 1
+        and tensor.numel() > 0
         and tensor.data_ptr() % ALIGNMENT == 0
         and all(n == 1 or (s > 0 and s * item % ALIGNMENT == 0) for n, s in zip(tensor.shape, outer, strict=False))
     )

@@ -149,7 +149,10 @@ class PreparedCall:
     def _run(self, tensors: list[torch.Tensor], pointers: list[int]) -> list[torch.Tensor]:
         made = [output.allocate() for output in self._outputs]
         written = [t.data_ptr() for t in made]
-        if self._index >= 0 and any(p % ALIGNMENT for p in written):  # the code was specialised for what is aligned
+        together = 0
+        for pointer in written:
+            together |= pointer
+        if together % ALIGNMENT and self._index >= 0:  # the code was specialised for what is aligned
             raise RuntimeError(f"the allocator of this process gives memory that is not aligned to {ALIGNMENT} bytes")
         tensors = tensors + made
         pointers = pointers + written

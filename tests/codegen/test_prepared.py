@@ -150,6 +150,7 @@ def test_the_form_follows_how_tensors_lie_in_memory() -> None:
     assert described(q, k, v.mT.contiguous().mT) == 0
     assert described(q, k[:1].expand(2, -1, -1, -1), v) == 0
     assert described(q, k[:1], v) == 0
+    assert described(q, k[:, :, :0], v[:, :, :0]) == 0
 
 
 @needs_triton
