@@ -205,6 +205,9 @@ def _inductor(
     from torch._inductor import list_mode_options  # seconds to import, and the eager executor does without it
     from torch._inductor.compile_fx import compile_fx
 
+    from attncomp.codegen.inductor_calls import call_directly
+
+    call_directly()
     patches = inductor_guard(graph)
     if mode is not None and mode != "default":
         patches |= list_mode_options(mode)

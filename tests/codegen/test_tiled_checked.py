@@ -13,7 +13,7 @@ import torch
 from attncomp.backend import attncomp
 from attncomp.codegen.compile import has_triton
 from attncomp.codegen.tiled_backward_source import backward_source
-from attncomp.codegen.tiled_launch import launchers
+from attncomp.codegen.tiled_launch import kernels_of
 from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED, _both
@@ -170,11 +170,13 @@ def written(which: int, holds: bool) -> dict[str, float]:
     """The share of the output that one kernel alone writes."""
     plan = _small(_plan("triangle"))
     spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo("holds", (), "bool")))
-    kernel = launchers(replace(plan, spec=spec), _both)[which]
+    kernel = kernels_of(replace(plan, spec=spec), _both).parts[which]
     named = {name: torch.randn(2, 2, 40, 16) for name in "qkv"}
     named |= {"c0": _captured("triangle", True)[0], "holds": torch.tensor(holds)}
     named |= {"out": torch.full((2, 40, 2, 16), torch.nan), "stat": torch.full((2, 2, 40), torch.nan)}
-    kernel.forward(named, ())
+    tensors = list(named.values())
+    for launch in kernel.forward(named, ()):
+        launch(tensors, [t.data_ptr() for t in tensors], 0)
     return {name: float(named[name].isfinite().float().mean()) for name in ("out", "stat")}
 
 
