@@ -174,6 +174,9 @@ def test_numbers_on_the_host(variant: str) -> None:
         for scale in (0.3, 0.1):
             model.scale = scale
             given = tensors(variant, 0)
+            for x in given:
+                torch._dynamo.mark_static(x, 1)
+                torch._dynamo.mark_static(x, 3)
             assert off(compiled(*given), model(*wide(given))) < 1e-2
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -193,7 +196,7 @@ def test_an_index_on_the_host(variant: str) -> None:
         out: torch.Tensor = ((q @ k.mT) * 0.125 + table[index]).softmax(-1) @ v
         return out
 
-    given = [*tensors(variant, 0), torch.randn(7, device="cuda")]
+    given = [*tensors(variant, 0), torch.randn(7, device="cuda", dtype=torch.bfloat16)]
     index = torch.randint(0, 7, (LENGTH, LENGTH))
     compiled: Any = torch.compile(biased, backend="attncomp", options=only(variant), dynamic=False)
     with torch.no_grad():

@@ -118,7 +118,7 @@ def test_tensor_maps_are_kept_by_address_and_not_without_end(driver: Any, monkey
         {"launch": lambda *args: None},
         {"launch": None},
     ],
-    ids=str,
+    ids=["scratch", "profile-scratch", "sanitizer", "another-function", "no-function"],
 )
 def test_no_direct_call_where_the_launcher_is_not_as_known(driver: Any, launcher: dict[str, Any]) -> None:
     assert direct_call(Compiled(driver, ["*bf16"])) is not None
