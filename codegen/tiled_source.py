@@ -260,13 +260,18 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         inner_high=inner_high,
         sink=sink_text,
         program=program_context(exponent),
-        inner_body=_body(inner, exponent, [], proof.residual, length_test=False),
-        edge_body=_body(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
+        inner_body=body_context(inner, exponent, [], proof.residual, length_test=False),
+        edge_body=body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
         tile_lines=printer.lines(0),
         phases=phases_of(plan, "j", params["block_n"]),
-        bounded=not any(_may_be_infinite(n) for n in walk(spec.program)),
+        bounded=is_bounded(spec.program),
         edge_stages=params.get("edge_stages", 0),
     )
+
+
+def is_bounded(program: Expr) -> bool:
+    """Whether a program can't give -inf for finite scores."""
+    return not any(_may_be_infinite(n) for n in walk(program))
 
 
 def _may_be_infinite(e: Expr) -> bool:
@@ -281,9 +286,10 @@ def _may_be_infinite(e: Expr) -> bool:
 _POLES = frozenset(("log", "log2", "div", "reciprocal", "rsqrt", "pow", "exp", "exp2"))
 
 
-def _body(
+def body_context(
     printer: Printer, exponent: Exponent, ranges: list[Expr], residual: Expr, *, length_test: bool
 ) -> dict[str, Any]:
+    """A body of the loop over keys, as ``_key_sweep.py.jinja`` takes it: program, mask, and the lines before them."""
     program = printer.value(exponent.program)
     tests = [f"({printer.value(e)})" for e in ranges]
     if length_test and "j" in printer.inside:
