@@ -9,7 +9,6 @@ from attncomp.codegen.tiled_tiles import (
     Tile,
     element_loads,
     grid_shares,
-    shared_bytes,
     special_functions,
     visited_pairs,
 )
@@ -41,7 +40,9 @@ def split_tile(request: Request) -> Tile:
     spec, hardware = request.spec, request.hardware
     d, e = request.hints["d"], request.hints["e"]
     item = _BYTES[spec.dtype]
-    block_m = _power_of_two(packed_rows(request), _SMALLEST, _MOST_ROWS)
+    small = hardware.capability < (9, 0)
+    # The smaller matrix instructions hold whole rows of the output in few warps: wide ones would not fit.
+    block_m = _power_of_two(packed_rows(request), _SMALLEST, _MOST_ROWS // 2 if small and e > 128 else _MOST_ROWS)
     fitting = _STAGE_BYTES // ((d + e) * item)
     most = min(max(1 << (fitting.bit_length() - 1), _SMALLEST), _MOST_KEYS)
     keys = spec.size("j")
@@ -50,16 +51,28 @@ def split_tile(request: Request) -> Tile:
     reads = element_loads(spec, request.proof)
     limit = hardware.shared_memory or 99 * 1024
     sizes = [n for n in (most, most // 2, most // 4) if n >= _SMALLEST]
-    tiles = [_tile(block_m, n, stages) for n in sizes for stages in (3, 2)]
+    warps = 8 if small and block_m == _MOST_ROWS and e > 64 else 4
+    tiles = [_tile(block_m, n, warps, stages) for n in sizes for stages in (3, 2)]
     for resident in (_RESIDENT, 1):
         for tile in tiles:
-            if shared_bytes("forward", tile, d, e, item, reads) * resident <= limit:
+            if split_shared_bytes(tile, d, e, item, reads) * resident <= limit:
                 return {**tile, "resident": resident}
-    return {**_tile(block_m, _SMALLEST, 1), "resident": 1}
+    return {**_tile(block_m, _SMALLEST, warps, 1), "resident": 1}
 
 
-def _tile(block_m: int, block_n: int, stages: int) -> Tile:
-    return {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": stages, "shortest": SHORTEST}
+def split_shared_bytes(tile: Tile, d: int, e: int, item: int, reads: float = 0.0) -> float:
+    """Estimate of the kernel's shared memory: queries, the steps on their way, and the weights in between.
+
+    reads: bytes of captured tensors that are read for each pair.
+    """
+    m, n = tile["block_m"], tile["block_n"]
+    # Tiles of 64 rows may use Hopper's instructions, which read a step from shared memory while the next ones arrive.
+    steps = tile["num_stages"] - (m < 64)
+    return item * (m * d + steps * n * (d + e) + m * n) + steps * m * n * reads
+
+
+def _tile(block_m: int, block_n: int, warps: int, stages: int) -> Tile:
+    return {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages, "shortest": SHORTEST}
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
