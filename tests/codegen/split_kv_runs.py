@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attncomp.codegen.variants.split_kv import SPLIT_KV
+from attncomp.codegen.variants.tiled import TILED
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Const, Expr, Load, Score, Size, add, and_, ge, gt, le, lt, mul, op, sub, to_float
 from attncomp.hardware import H100_SXM, Hardware
@@ -216,3 +217,19 @@ def interpreted_tiled_errors(name: str) -> dict[str, float]:
     """The error of the kernel with a program for each head, in this process's Triton interpreter."""
     case = find(name)
     return errors(case, small_tiles(plan_of(case, "cpu")), "cpu")
+
+
+def interpreted_reach(programs: int | None, variant: str) -> dict[str, float]:
+    """How much of the output is not a number if what lies behind the filled part of a cache is none."""
+    case = find("ragged_window")
+    q, k, v, position = case.inputs()
+    for n, last in enumerate(position.tolist()):  # blocks of 16 keys; the window is of 18
+        for tensor in (k, v):
+            tensor[n, :, (last // 16 + 1) * 16 :] = float("nan")
+            tensor[n, :, : max(last - 17, 0) // 16 * 16] = float("nan")
+    inputs = Inputs(q, k, v, [position], ())
+    if variant == "tiled":
+        out, _ = TILED.forward(small_tiles(plan_of(case, "cpu")), inputs)
+    else:
+        out, _ = SPLIT_KV.forward(split_plan(case, "cpu", programs=programs), inputs)
+    return {"missing": float(out.isnan().double().mean())}

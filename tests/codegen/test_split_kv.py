@@ -29,11 +29,13 @@ from tests.codegen.split_kv_runs import (
     CASES,
     SMALL,
     find,
+    interpreted_reach,
     interpreted_split_errors,
     interpreted_tiled_errors,
     split_errors,
     split_plan,
 )
+from tests.codegen.static_cache_runs import decode
 from tests.codegen.tiled_runs import WIDTHS, with_dtype
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
@@ -95,6 +97,24 @@ def test_a_short_cache_is_one_program_s(name: str, interpreter: Callable[..., di
 def test_tiled_stops_where_the_data_says(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
     """The same bounds in the kernel with a program for each head."""
     assert max(interpreter(interpreted_tiled_errors, name).values()) <= _TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("variant", "programs"), [("split_kv", 1), ("split_kv", 12), ("tiled", None)])
+def test_no_more_is_read_than_is_filled(
+    variant: str, programs: int | None, interpreter: Callable[..., dict[str, float]]
+) -> None:
+    assert interpreter(interpreted_reach, programs, variant) == {"missing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("new", "window", "mask"), [(1, None, "padding"), (3, 9, "causal(data) & window(data)")], ids=["step", "append"]
+)
+def test_a_static_cache_is_compiled_once(
+    new: int, window: int | None, mask: str, interpreter: Callable[..., dict[str, Any]]
+) -> None:
+    found = interpreter(decode, new, window)
+    assert found.pop("error") < 1e-5
+    assert found == {"masks": [mask], "variants": ["split_kv"], "compilations": 1}
 
 
 @pytest.mark.gpu
