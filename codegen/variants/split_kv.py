@@ -15,6 +15,7 @@ import torch
 
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
+from attncomp.codegen.reach import has_reach, reach_work, with_reach
 from attncomp.codegen.split_kv_launch import forward, launcher
 from attncomp.codegen.split_kv_source import split_source, whole_source
 from attncomp.codegen.split_kv_tiles import split_tile, split_work
@@ -54,6 +55,7 @@ class SplitKV:
             "split": tile,
             "precision": precision if spec.dtype == "float32" else "ieee",
             "upcast": request.device == "cpu" and spec.dtype == "bfloat16",
+            "reach": has_reach(spec, request.proof.residual),
         }
         try:
             plan = Plan(spec, request.proof, self.name, params)
@@ -61,12 +63,14 @@ class SplitKV:
             split_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
-        return Offer(params, split_work(request, tile, params["precision"]))
+        work = split_work(request, tile, params["precision"])
+        return Offer(params, work + reach_work(request) if params["reach"] else work)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
-        return attention(*with_tables(plan, inputs))
+        plan, inputs = with_tables(plan, inputs)
+        return attention(*(with_reach(plan, inputs) if plan.params["reach"] else (plan, inputs)))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(launcher(plan), inputs)

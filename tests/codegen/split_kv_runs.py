@@ -12,7 +12,7 @@ import torch
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import Const, Expr, Load, Score, Size, add, and_, ge, gt, le, lt, mul, op, sub, to_float
+from attncomp.expr import ZERO, Const, Expr, Load, Score, Size, add, and_, eq, ge, gt, le, lt, mul, op, sub, to_float
 from attncomp.hardware import H100_SXM, Hardware
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
@@ -60,6 +60,16 @@ def _build() -> tuple[Case, ...]:
 
     padded: dict[str, Any] = {"mask": Load("c0", (B, J), "bool"), "captured": (_info("c0", 2, KEYS, dtype="bool"),)}
     table = _info("c0", 2, KEYS)
+
+    def filled() -> torch.Tensor:
+        """As `generate` passes it: padding on the left, then tokens, then places that are still free."""
+        place = torch.arange(KEYS)
+        return torch.stack(((place >= 20) & (place < 35), (place >= 3) & (place < 64)))[:, None, None]
+
+    def documents() -> torch.Tensor:
+        return torch.stack((torch.arange(KEYS) // 20, torch.arange(KEYS) // 33))
+
+    same = eq(Load("c0", (B, add(I, Const(KEYS - 5))), "int"), Load("c0", (B, J), "int"))
     cases = [
         _case("plain"),
         _case("one_head_each", kv_heads=4),
@@ -82,6 +92,20 @@ def _build() -> tuple[Case, ...]:
         ),
         _case("padding_zero", padding, normaliser=Normaliser(empty="zero"), **padded),
         _case("padding_nan", padding, normaliser=Normaliser(empty="nan"), **padded),
+        _case(
+            "filled",
+            filled,
+            mask=Load("c0", (B, ZERO, ZERO, J), "bool"),
+            captured=(_info("c0", 2, 1, 1, KEYS, dtype="bool"),),
+            normaliser=Normaliser(empty="zero"),
+        ),
+        _case(
+            "documents",
+            documents,
+            query=5,
+            mask=and_(appended, same),
+            captured=(_info("c0", 2, KEYS, dtype="int64"),),
+        ),
         _case("static_cache", _positions(9, 9), mask=le(J, position), **at),
         _case(
             "one_sequence",
@@ -219,17 +243,22 @@ def interpreted_tiled_errors(name: str) -> dict[str, float]:
     return errors(case, small_tiles(plan_of(case, "cpu")), "cpu")
 
 
-def interpreted_reach(programs: int | None, variant: str) -> dict[str, float]:
-    """How much of the output is not a number if what lies behind the filled part of a cache is none."""
-    case = find("ragged_window")
-    q, k, v, position = case.inputs()
-    for n, last in enumerate(position.tolist()):  # blocks of 16 keys; the window is of 18
-        for tensor in (k, v):
-            tensor[n, :, (last // 16 + 1) * 16 :] = float("nan")
-            tensor[n, :, : max(last - 17, 0) // 16 * 16] = float("nan")
-    inputs = Inputs(q, k, v, [position], ())
+def interpreted_reach(name: str, variant: str, programs: int | None) -> dict[str, float]:
+    """The error through `build`, and how much of the output is no number where what nobody may see is none."""
+    case = find(name)
+    torch.manual_seed(0)
+    q, k, v, *captured = case.inputs()
+    expected = attention_reference(case.spec, q.double(), k.double(), v.double(), captured)
+    box = Grid({"b": (0, 2), "i": (0, q.shape[2]), "j": (0, KEYS)}, {"c0": captured[0]}, q.device)
+    allowed = evaluate_tensor(case.spec.mask, box).any(1).expand(2, KEYS)
+    for n in range(2):
+        seen = allowed[n].nonzero().flatten()
+        for tensor in (k, v):  # in steps of 16 keys
+            tensor[n, :, : int(seen[0]) // 16 * 16] = float("nan")
+            tensor[n, :, (int(seen[-1]) // 16 + 1) * 16 :] = float("nan")
+    inputs = Inputs(q, k, v, captured, ())
     if variant == "tiled":
-        out, _ = TILED.forward(small_tiles(plan_of(case, "cpu")), inputs)
+        out = TILED.build(small_tiles(plan_of(case, "cpu")), inputs)
     else:
-        out, _ = SPLIT_KV.forward(split_plan(case, "cpu", programs=programs), inputs)
-    return {"missing": float(out.isnan().double().mean())}
+        out = SPLIT_KV.build(split_plan(case, "cpu", programs=programs), inputs)
+    return {"error": relative_error(out.nan_to_num(), expected), "missing": float(out.isnan().double().mean())}

@@ -17,6 +17,9 @@ PLACES = 40
 class CachedAttention(torch.nn.Module):
     """Attention with grouped heads over a cache of a fixed length, of which each sequence has filled its own part."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, batch: int, window: int | None) -> None:
         super().__init__()
         self.q, self.kv = torch.nn.Linear(32, 64), torch.nn.Linear(32, 64)
@@ -47,7 +50,7 @@ def decode(new: int, window: int | None) -> dict[str, Any]:
     plain = CachedAttention(3, window).eval()
     own = CachedAttention(3, window).eval()
     own.load_state_dict(plain.state_dict())
-    policy = {"version": 1, "defaults": {"min_speedup": 0, "variants": ["split_kv"]}}
+    policy: Any = {"version": 1, "defaults": {"min_speedup": 0, "variants": ["split_kv"]}}
     compiled = torch.compile(own, backend=backend, options={"policy": policy, "executor": "eager"})
     before = len(attncomp.reports())
     error = 0.0

@@ -99,11 +99,22 @@ def test_tiled_stops_where_the_data_says(name: str, interpreter: Callable[..., d
     assert max(interpreter(interpreted_tiled_errors, name).values()) <= _TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize(("variant", "programs"), [("split_kv", 1), ("split_kv", 12), ("tiled", None)])
-def test_no_more_is_read_than_is_filled(
-    variant: str, programs: int | None, interpreter: Callable[..., dict[str, float]]
+@pytest.mark.parametrize(
+    ("name", "variant", "programs"),
+    [
+        ("ragged_window", "split_kv", 1),
+        ("ragged_window", "split_kv", 12),
+        ("ragged_window", "tiled", None),
+        ("filled", "split_kv", 12),
+        ("documents", "split_kv", 12),
+    ],
+)
+def test_no_more_is_read_than_may_be_seen(
+    name: str, variant: str, programs: int | None, interpreter: Callable[..., dict[str, float]]
 ) -> None:
-    assert interpreter(interpreted_reach, programs, variant) == {"missing": 0.0}
+    found = interpreter(interpreted_reach, name, variant, programs)
+    assert found["missing"] == 0.0
+    assert found["error"] <= _TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +200,13 @@ def test_a_changed_template_changes_the_fingerprint() -> None:
 # -- bounds of data --------------------------------------------------------------------------------------------------
 
 _POSITION = Load("c0", (B, I), "int")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("filled", True), ("documents", True), ("ragged", False), ("plain", False)]
+)
+def test_the_reach_of_a_mask_is_found_where_no_bound_says_it(name: str, found: bool) -> None:
+    assert split_plan(find(name), "cuda").params["reach"] == found
 
 
 @pytest.mark.parametrize(
