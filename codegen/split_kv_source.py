@@ -25,6 +25,7 @@ from attncomp.codegen.tiled_source import (
     common_context,
     element_mask,
     exponent_of,
+    integer_size,
     is_bounded,
     phases_of,
     program_context,
@@ -37,9 +38,10 @@ SPLIT_KV = "split_kv.py.jinja"
 
 Schedule: TypeAlias = Literal["host", "device", "ragged"]
 
-LARGEST_RAGGED = 256
-"""Sequences among which a kernel shares the programs out: every program looks at all of their lengths."""
-_MERGED_TOGETHER = 16
+_MOST_SEQUENCES, _MOST_BOUNDS = 1024, 4096
+"""Among how many sequences a kernel shares the programs out, and how many bounds each program may look at for that."""
+_MERGED_ELEMENTS = 8192
+"""Elements of partial results that a program of the merge reads at once."""
 
 
 def schedule_of(plan: Plan) -> Schedule:
@@ -53,8 +55,10 @@ def schedule_of(plan: Plan) -> Schedule:
     if not bounds:
         return "host"
     batch = static_length(plan.spec, "b")
-    ragged = "b" in bounds.axes and batch is not None and 1 < batch <= LARGEST_RAGGED
-    return "ragged" if ragged else "device"
+    if "b" not in bounds.axes or batch is None or not 1 < batch <= _MOST_SEQUENCES:
+        return "device"
+    rows = plan.params["split"]["block_m"] if bounds.axes & {"h", "i"} else 1
+    return "ragged" if batch * rows <= _MOST_BOUNDS else "device"
 
 
 def whole_arguments(plan: Plan) -> Arguments:
@@ -129,7 +133,7 @@ def _source(plan: Plan, *, whole: bool, schedule: Schedule, arguments: Arguments
         "merge_arguments": merge_arguments(plan).names,
         "block_m": params["block_m"],
         "block_n": params["block_n"],
-        "block_s": _MERGED_TOGETHER,
+        "block_s": _MERGED_ELEMENTS // max(16, 1 << (integer_size(spec, "e") - 1).bit_length()),
         "shortest": params["shortest"],
         "functions": printer.functions | ranges.functions,
         "sink": sink_text,

@@ -85,6 +85,13 @@ def _build() -> tuple[Case, ...]:
         _case("sink", lambda: torch.randn(4), normaliser=Normaliser(sink=Load("c0", (H,))), captured=(_info("c0", 4),)),
         _case("dense_bias", lambda: torch.randn(2, KEYS), program=add(scaled, Load("c0", (B, J))), captured=(table,)),
         _case(
+            "dense_bias_each",
+            lambda: torch.randn(2, 4, 5, KEYS),
+            query=5,
+            program=add(scaled, Load("c0", (B, H, I, J))),
+            captured=(_info("c0", 2, 4, 5, KEYS),),
+        ),
+        _case(
             "minus_infinity",
             lambda: torch.where(torch.arange(KEYS) < 40, -math.inf, 0.0).expand(2, KEYS),
             program=add(scaled, Load("c0", (B, J))),
