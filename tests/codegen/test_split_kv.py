@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from attncomp import polynomial
 from attncomp.codegen.compile import has_triton
 from attncomp.codegen.data_bounds import data_bounds
 from attncomp.codegen.render import template_sources
@@ -19,6 +20,7 @@ from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.variants import VARIANTS
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.cost import predict_ms
+from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Const, Expr, Load, Op, add, and_, eq, floordiv, gt, le, lt, mul, op, or_, sub
 from attncomp.hardware import A100_80GB, H100_SXM, L4, Hardware
 from attncomp.passes.prove import prove
@@ -209,27 +211,52 @@ def test_the_reach_of_a_mask_is_found_where_no_bound_says_it(name: str, found: b
     assert split_plan(find(name), "cuda").params["reach"] == found
 
 
-@pytest.mark.parametrize(
-    ("mask", "first", "last"),
-    [
-        (le(J, _POSITION), 0, 1),
-        (gt(_POSITION, J), 0, 1),
-        (op("not", gt(J, _POSITION)), 0, 1),
-        (and_(le(J, _POSITION), gt(J, sub(_POSITION, Const(8)))), 1, 1),
-        (eq(J, _POSITION), 1, 1),
-        (le(add(J, Const(3)), add(_POSITION, I)), 0, 1),
-        (lt(sub(_POSITION, Load("c1", (H,), "int")), J), 1, 0),
-        (le(mul(J, Const(2)), _POSITION), 0, 0),
-        (le(floordiv(J, Const(4)), _POSITION), 0, 0),
-        (le(Load("c1", (J,), "int"), _POSITION), 0, 0),
-        (or_(le(J, _POSITION), eq(J, Const(0))), 0, 0),
-        (Load("c2", (J,), "bool"), 0, 0),
-    ],
-    ids=str,
+_MASKS: tuple[tuple[Expr, int, int], ...] = (
+    (le(J, _POSITION), 0, 1),
+    (gt(_POSITION, J), 0, 1),
+    (op("not", gt(J, _POSITION)), 0, 1),
+    (and_(le(J, _POSITION), gt(J, sub(_POSITION, Const(8)))), 1, 1),
+    (eq(J, _POSITION), 1, 1),
+    (le(add(J, Const(3)), add(_POSITION, I)), 0, 1),
+    (lt(sub(_POSITION, Load("c1", (H,), "int")), J), 1, 0),
+    (le(mul(J, Const(2)), _POSITION), 0, 0),
+    (le(floordiv(J, Const(4)), _POSITION), 0, 0),
+    (le(Load("c1", (J,), "int"), _POSITION), 0, 0),
+    (or_(le(J, _POSITION), eq(J, Const(0))), 0, 0),
+    (Load("c2", (J,), "bool"), 0, 0),
 )
+"""Masks, and how many bounds of the first and of the last key they hold."""
+
+
+@pytest.mark.parametrize(("mask", "first", "last"), _MASKS, ids=str)
 def test_bounds_in_a_mask(mask: Expr, first: int, last: int) -> None:
     found = data_bounds(mask)
     assert (len(found.first), len(found.last)) == (first, last)
+
+
+@pytest.mark.parametrize("mask", [mask for mask, first, last in _MASKS if first + last], ids=str)
+def test_no_key_beyond_a_bound_is_allowed(mask: Expr) -> None:
+    """For random numbers; a lone bound is the last key that is allowed."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "c0": torch.randint(-3, 30, (4, 5), generator=generator),
+        "c1": torch.randint(0, 30, (6,), generator=generator),
+    }
+    box = {"b": (0, 4), "h": (0, 6), "i": (0, 5), "j": (-50, 90)}
+    allowed = evaluate_tensor(mask, Grid(box, tensors, torch.device("cpu"))).expand(4, 6, 5, 140)
+    rows = Grid({a: box[a] for a in "bhi"}, tensors, torch.device("cpu"))
+    bounds = data_bounds(mask)
+    place = torch.arange(-50, 90)
+    for terms in bounds.first:
+        assert (place.expand_as(allowed)[allowed] >= _at_rows(terms, rows).expand_as(allowed)[allowed]).all()
+    for terms in bounds.last:
+        assert (place.expand_as(allowed)[allowed] <= _at_rows(terms, rows).expand_as(allowed)[allowed]).all()
+    if len(bounds.last) == 1 and not bounds.first:
+        assert (torch.where(allowed, place, -99).amax(-1) == _at_rows(bounds.last[0], rows)[..., 0]).all()
+
+
+def _at_rows(terms: polynomial.Terms, rows: Grid) -> torch.Tensor:
+    return evaluate_tensor(polynomial.build(terms), rows).expand(4, 6, 5)[..., None]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

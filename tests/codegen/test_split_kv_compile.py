@@ -18,12 +18,14 @@ from attncomp.codegen.split_kv_source import (
     whole_source,
 )
 from attncomp.codegen.variants.split_kv import SPLIT_KV
+from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import Const, Expr, Load, Score, and_, gt, le, mul, op, sub
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.spec import AXES, B, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.variant import Offer, Request
+from tests.codegen.test_tiled_compile import compile_all
 from tests.codegen.tiled_runs import WIDTHS
 
 pytestmark = pytest.mark.skipif(not has_triton() or interprets(), reason="needs Triton's compiler")
@@ -87,6 +89,18 @@ def _compiled(plan: Plan, capability: int) -> dict[str, Any]:
             multiples={kernel: [n for t, _, n in arguments.strides if t in "qkv"]},
         )
     return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_tiled_with_bounds_of_data_compiles(capability: int) -> None:
+    """A prompt that is written into a static cache."""
+    plan = _plan(capability, "bfloat16", 64, 64, "ragged window")
+    hints = dict(zip(AXES, (8, 32, 64, 8192, 64, 64), strict=True))
+    hardware = H100_SXM if capability == 90 else A100_80GB
+    offer = TILED.accept(Request(plan.spec, plan.proof, "cuda", hardware, hints))
+    assert isinstance(offer, Offer), str(offer)
+    compiled = compile_all(Plan(plan.spec, plan.proof, "tiled", offer.params), capability)
+    assert compiled["forward"].metadata.shared <= _SHARED[capability]
 
 
 def _spilled(compiled: Any, directory: Path) -> int:
