@@ -205,6 +205,9 @@ def _inductor(
     from torch._inductor import list_mode_options  # seconds to import, and the eager executor does without it
     from torch._inductor.compile_fx import compile_fx
 
+    from attncomp.codegen.inductor_calls import call_directly
+
+    call_directly()
     patches = inductor_guard(graph)
     if mode is not None and mode != "default":
         patches |= list_mode_options(mode)
@@ -240,5 +243,6 @@ def forget_warnings() -> Any:
 
 
 # A compiled module asks its backend for the settings it was compiled with (`OptimizedModule.get_compiler_config`); they
-# are inductor's. A function's type has no such attribute.
-attncomp.get_compiler_config = lambda: torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
+# are inductor's.
+_backend: Any = attncomp  # a function's type has no such attribute
+_backend.get_compiler_config = lambda: torch._inductor.config.get_config_copy()

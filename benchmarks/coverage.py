@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th model type, from the i-th")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds of processor time for a model type")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; inductor's matches are counted on cpu alone")
     parser.add_argument("--report", type=Path, help="render the results to this file, and run nothing")
     chosen = parser.parse_args(arguments)
     if chosen.report is not None:
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     shard, shards = (int(x) for x in chosen.shard.split("/"))
     names = [n for n in model_types() if re.search(chosen.only, n)][shard - 1 :: shards]
-    sweep({n: chosen_modes(chosen.modes, n) for n in names}, chosen.results, chosen.workers, chosen.timeout)
+    wanted = {n: chosen_modes(chosen.modes, n) for n in names}
+    sweep(wanted, chosen.results, chosen.workers, chosen.timeout, chosen.device)
     return 0
 
 
@@ -69,13 +71,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, timeout: int) -> None:
+def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, timeout: int, device: str = "cpu") -> None:
     """Run what `results` lacks, `workers` model types at a time."""
     done = {(r["model"], r["mode"]) for r in read(results)}
     todo = [(n, [m for m in wanted if (n, str(m)) not in done]) for n, wanted in modes.items()]
     todo = [(n, m) for n, m in todo if m]
     random.Random(0).shuffle(todo)  # a sweep that is cut short has seen all kinds of models
-    prepare()
+    if device == "cpu":
+        prepare()
     commit = revision()
     running: dict[int, tuple[str, list[Mode], float, Path]] = {}
     while todo or running:
@@ -83,9 +86,7 @@ def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, time
             name, wanted = todo.pop(0)
             part = results.with_name(f".{results.name}.{os.getpid()}.{len(todo)}")
             part.write_text("")
-            pid = os.fork()
-            if pid == 0:
-                child(name, wanted, part, commit, timeout)
+            pid = begin(name, wanted, part, commit, timeout, device)
             running[pid] = (name, wanted, time.monotonic(), part)
         time.sleep(0.05)
         for pid, (name, wanted, start, part) in list(running.items()):
@@ -133,7 +134,7 @@ def counts(row: dict[str, Any]) -> str:
 
 
 def prepare() -> None:
-    """Import in the parent what every child needs: a forked process has it at once."""
+    """Import what every child needs: a forked process has it at once."""
     torch.set_num_threads(1)
     from torch._inductor.fx_passes import joint_graph
 
@@ -161,17 +162,39 @@ def warm_up() -> None:
     torch._dynamo.reset()
 
 
-def child(name: str, modes: list[Mode], part: Path, commit: str, timeout: int) -> None:
-    """In the forked process: write a row after each mode, then end without any clean-up."""
+def begin(name: str, modes: list[Mode], part: Path, commit: str, timeout: int, device: str) -> int:
+    """A process for one model type; its number. CUDA does not survive a fork: there, it is a new interpreter."""
+    if device == "cpu":
+        pid = os.fork()
+        if pid == 0:
+            child(name, modes, part, commit, timeout, device)
+        return pid
+    pattern = "|".join(f"^{mode}$" for mode in modes)
+    code = "import sys; from benchmarks.coverage import new_interpreter; new_interpreter(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, name, pattern, str(part), commit, str(timeout), device]
+    return os.posix_spawn(sys.executable, command, os.environ)
+
+
+def new_interpreter(name: str, pattern: str, part: str, commit: str, timeout: str, device: str) -> None:
+    """What `begin` runs where it can not fork."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    child(name, chosen_modes(pattern, name), Path(part), commit, int(timeout), device)
+
+
+def child(name: str, modes: list[Mode], part: Path, commit: str, timeout: int, device: str) -> None:
+    """In the process of a model type: write a row after each mode, then end without any clean-up."""
     code = 1
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        if device == "cpu":  # CUDA's driver maps more than it uses
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         with part.open("a") as file:
-            for row in run_modes(name, modes):
+            for row in run_modes(name, modes, device):
                 file.write(json.dumps(row | {"commit": commit}) + "\n")
                 file.flush()
         code = 0

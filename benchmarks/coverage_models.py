@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ class Built:
     inputs: dict[str, Any]
     level: str
     others: Callable[[], dict[str, Any] | None]
+
+    def on(self, device: str) -> Built:
+        """The same model and inputs on a device: they are made on the CPU, and are the same numbers everywhere."""
+        if device == "cpu":
+            return self
+
+        def moved(inputs: Any) -> Any:
+            return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+
+        others = moved(self.others())  # before the model moves: it is run to find them
+        return replace(self, model=self.model.to(device), inputs=moved(self.inputs), others=lambda: others)
 
 
 class NotBuiltError(Exception):

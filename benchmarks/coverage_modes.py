@@ -37,18 +37,18 @@ MODES = tuple(
 )
 
 
-def run_modes(model_type: str, modes: list[Mode]) -> Iterator[dict[str, Any]]:
+def run_modes(model_type: str, modes: list[Mode], device: str = "cpu") -> Iterator[dict[str, Any]]:
     """One row for each mode, as soon as it is there."""
     attention = ""
     built: Built | None = None
     problem: dict[str, Any] = {}
     for mode in modes:
         start = time.perf_counter()
-        row: dict[str, Any] = {"model": model_type, "mode": str(mode)}
+        row: dict[str, Any] = {"model": model_type, "mode": str(mode), "device": device}
         if mode.attention != attention:
             attention, built, problem = mode.attention, None, {}
             try:
-                built = build(model_type, attention)
+                built = build(model_type, attention).on(device)
             except NotBuiltError as error:
                 problem = {"status": "not built", "why": str(error)[:2000]}
             except Unsupported as error:
@@ -83,7 +83,8 @@ def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
     model.load_state_dict(state)
     seen = Seen()
     torch._dynamo.reset()
-    watching = observer(seen, count_inductor=mode.attention == "eager")
+    counted = mode.attention == "eager" and next(iter(expected[0])).device.type == "cpu"
+    watching = observer(seen, count_inductor=counted)
     compiled = torch.compile(model, backend=watching, dynamic=mode.dynamic)
     row: dict[str, Any] = {"status": "ran"}
     try:
@@ -92,7 +93,7 @@ def run_mode(built: Built, mode: Mode) -> dict[str, Any]:
             "sites": list(seen.sites),
             "graphs": seen.graphs,
             "fallbacks": list(seen.fallbacks),
-            "inductor": seen.inductor,
+            "inductor": seen.inductor if counted else None,
             "inductor_failures": list(seen.inductor_failures),
             "analysis_s": round(seen.seconds, 2),
             "error": difference(expected[0], result[0]),
@@ -128,7 +129,7 @@ def perturbed(inputs: dict[str, Any]) -> dict[str, Any]:
     def near(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
-        return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator).to(x.dtype))
+        return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator).to(x))
 
     return {name: near(x) for name, x in inputs.items()}
 
@@ -160,7 +161,7 @@ def _run(
     if not flowing:
         return [x.detach().clone() for x in chosen], []
     generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in flowing]
+    directions = [torch.randn(x.shape, generator=generator).to(x) for x in flowing]
     wanted = [p for p in model.parameters() if p.requires_grad]
     gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(flowing, wanted, directions, allow_unused=True)
     return [x.detach().clone() for x in chosen], [g if g is not None else torch.zeros(()) for g in gradients]

@@ -15,11 +15,13 @@ from benchmarks.measure import table
 FORWARD, GRADIENT = 1e-5, 1e-4
 """Relative differences from eager mode that count as agreeing, in float32."""
 
+PLACES = {"cpu": "a CPU", "cuda": "a GPU, with the kernels generated for it,"}
+
 Row = dict[str, Any]
 INTRODUCTION = """\
 # Coverage
 
-Model types of transformers, in small configurations with random weights, on a CPU in float32, compiled with
+Model types of transformers, in small configurations with random weights, on {place} in float32, compiled with
 `min_speedup = 0` (whatever can be rewritten is) and compared with eager mode. A *site* is an SDPA call, a
 `flex_attention` call, or a softmax between two products of computed tensors. Sites are counted in the graphs apart from
 the lifter, so that what it does not see, and graphs that were left to inductor, count as well. A model type is *fully
@@ -43,7 +45,7 @@ def render(rows: Sequence[Row]) -> str:
     commits = Counter(r["commit"] for r in ran if r.get("commit"))
     where = ", ".join(f"{c} ({n} rows)" for c, n in commits.most_common()) or "unknown"
     parts = [
-        INTRODUCTION,
+        INTRODUCTION.replace("{place}", PLACES["cuda" if any(r.get("device") == "cuda" for r in rows) else "cpu"]),
         f"Measured at commit {where}, torch {torch.__version__}, {_transformers()}. {_extent(rows)}\n",
         "## Summary\n",
         _summary(rows, modes),
@@ -144,7 +146,8 @@ def _summary(rows: Sequence[Row], modes: Sequence[str]) -> str:
         sites = [s for r in ran for s in sites_of(r)]
         full = sum(rewritten(sites_of(r)) == len(sites_of(r)) for r in some)
         failed = sum(r["mode"] == mode and r["status"] in ("failed", "crashed") for r in rows)
-        matches = sum(min(r["inductor"], len(sites_of(r))) for r in some)
+        counted = bool(some) and mode.startswith("eager") and all(r["inductor"] is not None for r in some)
+        matches = sum(min(r["inductor"], len(sites_of(r))) for r in some) if counted else 0
         lines.append(
             (
                 mode,
@@ -152,7 +155,7 @@ def _summary(rows: Sequence[Row], modes: Sequence[str]) -> str:
                 str(len(some)),
                 _share(full, len(some)),
                 _share(rewritten(sites), len(sites)),
-                _share(matches, len(sites)) if mode.startswith("eager") else "-",
+                _share(matches, len(sites)) if counted else "-",
                 _share(sum(agrees(r) for r in ran), len(ran) + failed),
             )
         )
@@ -248,7 +251,8 @@ def _models(rows: Sequence[Row], modes: Sequence[str]) -> str:
             continue
         masks = Counter(s["mask"] for r in have.values() if r["status"] == "ran" for s in sites_of(r))
         first = have.get("eager/static/inference", {})
-        matches = str(first["inductor"]) if first.get("status") == "ran" and sites_of(first) else "-"
+        counted = first.get("status") == "ran" and sites_of(first) and first["inductor"] is not None
+        matches = str(first["inductor"]) if counted else "-"
         cells = [_cell(have.get(m)) for m in modes]
         lines.append((model, *cells, matches, ", ".join(m for m, _ in masks.most_common(4))))
     return table(("model type", *(_short(m) for m in modes), "inductor", "masks"), lines)

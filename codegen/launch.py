@@ -3,7 +3,8 @@
 ``kernel[grid](*args)`` binds, specialises and formats keys at every call: 0.1 to 0.3 ms of host time for the 10 to 40
 arguments of our kernels, more than a short kernel runs. Which machine code is run depends only on facts that are quick
 to ask for (Triton specialises an integer by being 1, by divisibility by 16 and by its width, a pointer by alignment and
-dtype), so the compiled kernel is kept under those facts and run directly the next time.
+dtype), so the compiled kernel is kept under those facts. It is run by `triton_calls` where Triton's launcher is as we
+know it, and as Triton documents it everywhere else: in the interpreter, and when a profiler's hook wants to see it.
 """
 
 from __future__ import annotations
@@ -15,45 +16,129 @@ from typing import Any
 import torch
 
 from attncomp.codegen.compile import interprets
+from attncomp.codegen.prepared import ALIGNMENT
+from attncomp.codegen.triton_calls import DirectCall, direct_call, watched
 
 _WIDE = 2**31
+_MAPS = 64
+"""Addresses for which the tensor maps of one prepared launch are kept: as many as a deep model has caches of keys."""
+
+
+class Code:
+    """The machine code of a kernel for arguments of one kind; compiled when it is launched first."""
+
+    __slots__ = ("_compiled", "_function", "_options", "direct")
+
+    def __init__(self, function: Any, options: dict[str, int]) -> None:
+        self._function = function
+        self._options = options
+        self._compiled: Any = None
+        self.direct: DirectCall | None = None
+
+    def launch(self, grid: int, values: Sequence[Any], interpreted: bool) -> None:
+        """By Triton's own ways. values: descriptors, tensors and integers."""
+        if self._compiled is not None:
+            self._compiled[(grid, 1, 1)](*values)
+            return
+        compiled = self._function[(grid,)](*values, **self._options)
+        if compiled is not None and not interpreted:
+            self.direct = direct_call(compiled)
+            self._compiled = compiled
 
 
 class Launch:
     """A kernel (a ``triton.jit`` function) with its number of warps and pipeline stages (None: Triton's own)."""
 
-    __slots__ = ("_function", "_interprets", "_options", "_ready")
+    __slots__ = ("_codes", "_function", "_options", "interpreted")
 
     def __init__(self, function: Any, num_warps: int | None = None, num_stages: int | None = None) -> None:
         self._function = function
         named = {"num_warps": num_warps, "num_stages": num_stages}
         self._options = {name: n for name, n in named.items() if n is not None}
-        self._ready: dict[tuple[Any, ...], Any] = {}
-        self._interprets = interprets()
+        self._codes: dict[tuple[Any, ...], Code] = {}
+        self.interpreted = interprets()
 
-    def __call__(
-        self, grid: int, tensors: Sequence[torch.Tensor], numbers: Sequence[int], boxes: Sequence[Any] = ()
-    ) -> None:
+    def __call__(self, grid: int, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:
         """Run `grid` programs on the current device and stream; nothing if `grid` is 0.
 
-        The kernel's arguments are tensor descriptors first, then tensors, then integers.
+        The kernel's arguments are tensors first, then integers.
         """
         if grid == 0:
             return
-        values = (*boxes, *tensors, *numbers)
-        if self._interprets:
-            self._function[(grid,)](*values, **self._options)
-            return
-        key = (
-            torch.cuda.current_device(),
-            *[(t.data_ptr() % 16 == 0, t.dtype) for t in tensors],
-            *[(n == 1, n % 16 == 0, -_WIDE <= n < _WIDE) for n in numbers],
-        )
-        compiled = self._ready.get(key)
-        if compiled is None:
-            self._ready[key] = self._function[(grid,)](*values, **self._options)
+        pointers = [t.data_ptr() for t in tensors]
+        device = -1 if self.interpreted else torch.cuda.current_device()
+        kinds = [(p % ALIGNMENT == 0, t.dtype, t.get_device()) for t, p in zip(tensors, pointers, strict=True)]
+        code = self.code(device, kinds, numbers)
+        if code.direct is None or watched():
+            code.launch(grid, (*tensors, *numbers), self.interpreted)
         else:
-            compiled[(grid, 1, 1)](*values)
+            code.direct(grid, current_stream(device), [*pointers, *numbers])
+
+    def code(self, device: int, kinds: Sequence[Any], numbers: Sequence[int]) -> Code:
+        """The code for the current device and arguments like these.
+
+        kinds: of each tensor, whether it is aligned, its dtype and its device; an address of another device that went
+            to the launcher as an integer would be met by no check.
+        """
+        key = (device, *kinds, *[(n == 1, n % 16 == 0, -_WIDE <= n < _WIDE) for n in numbers])
+        found = self._codes.get(key)
+        if found is None:
+            found = self._codes.setdefault(key, Code(self._function, self._options))
+        return found
+
+
+class PreparedLaunch:
+    """One launch of a kernel with everything fixed but the tensors' addresses.
+
+    grid: number of programs, not 0. numbers: the kernel's integers. taken: which of the tensors of a call the kernel
+    takes as pointers, and `boxes` which of them through descriptors, with what makes these; by position.
+    """
+
+    __slots__ = ("_boxes", "_code", "_grid", "_interpreted", "_maps", "_numbers", "_taken")
+
+    def __init__(
+        self,
+        code: Code,
+        interpreted: bool,
+        grid: int,
+        taken: Sequence[int],
+        numbers: Sequence[int],
+        boxes: Sequence[tuple[int, Boxes]],
+    ) -> None:
+        self._code = code
+        self._interpreted = interpreted
+        self._grid = grid
+        self._taken = tuple(taken)
+        self._numbers = tuple(numbers)
+        self._boxes = tuple(boxes)
+        # Of each descriptor, what stands for it in the arguments, by address: shape and strides are fixed.
+        self._maps: tuple[dict[int, list[Any]], ...] = tuple({} for _ in boxes)
+
+    def __call__(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], stream: int) -> None:
+        """pointers: the addresses of `tensors`. stream: of the current device; read only where there is one."""
+        direct = self._code.direct
+        if direct is None or watched():
+            boxes = [box.of(tensors[n]) for n, box in self._boxes]
+            self._code.launch(
+                self._grid, (*boxes, *[tensors[n] for n in self._taken], *self._numbers), self._interpreted
+            )
+            return
+        arguments: list[Any] = []
+        for m, (n, box) in enumerate(self._boxes):
+            found = self._maps[m].get(pointers[n])
+            if found is None:
+                if len(self._maps[m]) >= _MAPS:
+                    self._maps[m].clear()
+                found = self._maps[m][pointers[n]] = direct.describe[m](box.of(tensors[n]))
+            arguments += found
+        arguments += [pointers[n] for n in self._taken]
+        arguments += self._numbers
+        direct(self._grid, stream, arguments)
+
+
+def current_stream(device: int) -> int:
+    """The current stream of a GPU as an integer; 0 for no GPU (-1)."""
+    return int(torch._C._cuda_getCurrentRawStream(device)) if device >= 0 else 0
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -64,28 +149,28 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, nothing broadcast."""
+    """Whether the hardware can copy boxes of `tensor`: contiguous rows, aligned to 16 bytes, not broadcast or empty."""
     item = tensor.element_size()
     *outer, last = tensor.stride()
     return (
         last == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s * item % 16 == 0) for n, s in zip(tensor.shape, outer, strict=False))
+        and tensor.numel() > 0
+        and tensor.data_ptr() % ALIGNMENT == 0
+        and all(n == 1 or (s > 0 and s * item % ALIGNMENT == 0) for n, s in zip(tensor.shape, outer, strict=False))
     )
 
 
 class Boxes:
     """Tensor descriptors over (1, 1, rows, width) boxes of tensors with four dimensions that are `describable`."""
 
-    __slots__ = ("_block", "_first")
+    __slots__ = ("_block", "_first", "_type")
 
     def __init__(self, rows: int, width: int) -> None:
         self._block = [1, 1, rows, width]
+        self._type: Any = None
         self._first: dict[str, Any] = {}
 
     def of(self, tensor: torch.Tensor) -> Any:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         # A dimension of size 1 may have any stride in PyTorch; the hardware wants multiples of 16 bytes.
         shape = list(tensor.shape)
         strides = [
@@ -93,12 +178,15 @@ class Boxes:
         ]
         strides.append(1)
         if not self._first:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            self._type = TensorDescriptor
             made = TensorDescriptor(tensor, shape, strides, self._block)
             self._first = {
                 name: value for name, value in vars(made).items() if name not in ("base", "shape", "strides")
             }
             return made
         # Triton's checks, which `describable` has made already, cost more than the rest: only the first is checked.
-        box = object.__new__(TensorDescriptor)
+        box = object.__new__(self._type)
         box.__dict__.update(self._first, base=tensor, shape=shape, strides=strides)
         return box

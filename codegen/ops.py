@@ -84,7 +84,8 @@ def attention(plan: Plan, inputs: Inputs) -> torch.Tensor:
     return out
 
 
-def _forward(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the operator does below autograd."""
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
@@ -103,9 +104,10 @@ def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _backward(
+def run_attention_backward(
     grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
 ) -> list[torch.Tensor]:
+    """What the backward operator does."""
     plan, variant = resolve(digest)
     return variant.backward(plan, grad_out, out, lse, Inputs(q, k, v, captured, sizes))
 
@@ -140,8 +142,8 @@ def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     return grads[0], grads[1], grads[2], of_captured, no_sizes, None
 
 
-_LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", run_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", run_attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attncomp::attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attncomp::attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("attncomp::attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)

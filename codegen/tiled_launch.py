@@ -1,4 +1,8 @@
-"""Launching the tiled kernels of a plan: outputs are allocated, and each kernel is given its arguments in order."""
+"""Launching the tiled kernels of a plan: outputs are allocated, and each kernel is given its arguments in order.
+
+What a call launches, and with which integers, is prepared once for each way that its tensors lie in memory; a further
+call like it looks that up, allocates, and launches.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import Any
 import torch
 
 from attncomp.codegen.compile import kernel_module
-from attncomp.codegen.launch import Boxes, Launch, describable, on_device
+from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
+from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
 from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tiled_backward_source import (
@@ -21,8 +26,11 @@ from attncomp.codegen.tiled_backward_source import (
 )
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source
 from attncomp.plan import Plan
-from attncomp.spec import AttentionSpec
 from attncomp.variant import Inputs
+
+FORWARD_INPUTS = ("q", "k", "v")
+BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
+"""The tensors that are given to each direction, before the captured ones."""
 
 
 class _Kernel:
@@ -38,9 +46,10 @@ class _Kernel:
         self.block_m = tile["block_m"]
         self.block_n = tile["block_n"]
 
-    def launch(
+    def prepare(
         self, grid: int, named: Mapping[str, torch.Tensor], lengths: Mapping[str, int], sizes: Sequence[int]
-    ) -> None:
+    ) -> PreparedLaunch:
+        """named: the tensors of a call in their order; those that it allocates are on the meta device."""
         numbers = []
         for t, dim in self._strides:
             tensor = named[t]
@@ -49,8 +58,13 @@ class _Kernel:
         arguments = self._arguments
         numbers += [lengths[name] for name in arguments.lengths]
         numbers += [sizes[n] for n in arguments.symbols]
-        boxes = [b.of(named[t]) for t, b in self._boxes] if grid else ()
-        self._launch(grid, [named[t] for t in arguments.tensors], numbers, boxes)
+        position = {name: n for n, name in enumerate(named)}
+        kinds = [(_aligned(named[t]), named[t].dtype) for t in arguments.tensors]
+        kinds += [(True, named[t].dtype) for t, _ in self._boxes]
+        code = self._launch.code(named["q"].get_device(), kinds, numbers)
+        boxes = [(position[t], box) for t, box in self._boxes]
+        taken = [position[t] for t in arguments.tensors]
+        return PreparedLaunch(code, self._launch.interpreted, grid, taken, numbers, boxes)
 
 
 class Launcher:
@@ -87,102 +101,180 @@ class Launcher:
         taken = arguments(plan, descriptors)
         return {kernel: _Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
 
-    def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> None:
-        """Write ``out`` and ``stat``."""
+    def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> list[PreparedLaunch]:
+        """What writes ``out`` and ``stat``."""
         batch, heads, queries, _ = named["q"].shape
         kernel = self._load("forward", named)["forward"]
         grid = _tiles(queries, kernel.block_m) * batch * heads
-        kernel.launch(grid, named, {"TQ": queries, "TK": named["k"].shape[2]}, sizes)
+        return [kernel.prepare(grid, named, {"TQ": queries, "TK": named["k"].shape[2]}, sizes)] if grid else []
 
-    def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> None:
-        """Write ``dq``, ``dk``, ``dv``, and add to the gradient ``gX`` of each learned tensor X."""
+    def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> list[PreparedLaunch]:
+        """What writes ``dq``, ``dk``, ``dv``, and adds to the gradient ``gX`` of each learned tensor X."""
         batch, heads, queries, _ = named["q"].shape
         key_heads, keys = named["k"].shape[1:3]
         lengths = {"TQ": queries, "TK": keys, "NB": batch}
         kernels = self._load("backward", named)
         query_tiles = {name: _tiles(queries, kernel.block_m) for name, kernel in kernels.items()}
-        if "prepare" in kernels:
-            kernels["prepare"].launch(query_tiles["prepare"] * batch * heads, named, lengths, sizes)
-        key_tiles = _tiles(keys, kernels["keys"].block_n)
-        kernels["keys"].launch(key_tiles * batch * key_heads, named, lengths, sizes)
-        kernels["queries"].launch(query_tiles["queries"] * batch * heads, named, lengths, sizes)
+        grids = {"prepare": query_tiles["prepare"] * batch * heads} if "prepare" in kernels else {}
+        grids["keys"] = _tiles(keys, kernels["keys"].block_n) * batch * key_heads
+        grids["queries"] = query_tiles["queries"] * batch * heads
         for n, x in enumerate(pair_kernels(self.plan.spec)):
             name = f"pairs_{n}"
             kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
             down, across = query_tiles[name], _tiles(keys, kernels[name].block_n)
             diagonal = at_distance(x.load) is not None
             tiles = down * across if not diagonal else max(down + across - 1, 0)
-            kernels[name].launch(tiles * kept, named, lengths, sizes)
+            grids[name] = tiles * kept
+        return [kernels[name].prepare(grid, named, lengths, sizes) for name, grid in grids.items() if grid]
 
 
-_launchers: dict[int, tuple[Plan, tuple[Launcher, ...]]] = {}
+class PreparedCall:
+    """A pass of an attention with everything fixed but its tensors: what it allocates and what it launches."""
+
+    __slots__ = ("_index", "_launches", "_outputs")
+
+    def __init__(self, device: torch.device, outputs: Sequence[Output], launches: Sequence[PreparedLaunch]) -> None:
+        self._index = device.index if device.type == "cuda" else -1
+        self._outputs = tuple(outputs)
+        self._launches = tuple(launches)
+
+    def __call__(self, tensors: list[torch.Tensor], pointers: list[int]) -> list[torch.Tensor]:
+        """The tensors that were allocated and written. pointers: the addresses of `tensors`."""
+        index = self._index
+        if index < 0 or index == torch._C._cuda_getDevice():
+            return self._run(tensors, pointers)
+        with torch.cuda.device(index):
+            return self._run(tensors, pointers)
+
+    def _run(self, tensors: list[torch.Tensor], pointers: list[int]) -> list[torch.Tensor]:
+        made = [output.allocate() for output in self._outputs]
+        written = [t.data_ptr() for t in made]
+        together = 0
+        for pointer in written:
+            together |= pointer
+        if together % ALIGNMENT and self._index >= 0:  # the code was specialised for what is aligned
+            raise RuntimeError(f"the allocator of this process gives memory that is not aligned to {ALIGNMENT} bytes")
+        tensors = tensors + made
+        pointers = pointers + written
+        stream = current_stream(self._index)
+        for launch in self._launches:
+            launch(tensors, pointers, stream)
+        return made
+
+
+class Kernels:
+    """Everything that runs for one plan: the kernels of one launcher, or of several of which one writes the results."""
+
+    def __init__(self, plan: Plan, parts: Sequence[Plan]) -> None:
+        self.plan = plan  # kept, so that its id stays its own
+        self.parts = tuple(map(Launcher, parts))
+        self.spec = self.parts[0].plan.spec
+        self.captured = tuple(t.name for t in self.spec.captured)
+        self.learned = tuple(learned_tensors(self.spec))
+        stored = {x.load.tensor for x in pair_kernels(self.spec) if stores_pairs(self.spec, x.load)}
+        self.stored = frozenset(stored)
+        self.forwards: Memo[PreparedCall] = Memo()
+        self.backwards: Memo[PreparedCall] = Memo()
+
+    def forward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
+        """The forward pass over tensors like these (`FORWARD_INPUTS`, then the captured ones)."""
+        named = self._named(FORWARD_INPUTS, tensors)
+        q, k, v = tensors[:3]
+        batch, heads, queries, _ = q.shape
+        if max(queries, k.shape[2]) > LONGEST:
+            raise ValueError(f"tiled attention covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}")
+        with_lse = self.spec.normaliser.kind == "softmax"
+        made = {
+            "out": meta((batch, queries, heads, v.shape[-1]), q.dtype),
+            "stat": meta((batch, heads, queries) if with_lse else (0,), torch.float32),
+        }
+        launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes)]
+        made["out"] = made["out"].transpose(1, 2)
+        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches)
+
+    def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
+        """The backward pass over tensors like these (`BACKWARD_INPUTS`, then the captured ones)."""
+        named = self._named(BACKWARD_INPUTS, tensors)
+        q, k, v = (named[name] for name in FORWARD_INPUTS)
+        batch, heads, queries, _ = q.shape
+        key_heads, keys = k.shape[1], k.shape[2]
+        made = {
+            "dq": meta((batch, heads, queries, q.shape[3]), q.dtype),
+            "dk": meta((batch, key_heads, keys, k.shape[3]), k.dtype),
+            "dv": meta((batch, key_heads, keys, v.shape[3]), v.dtype),
+        }
+        for name in self.learned:
+            # Stored once for each element, in the tensor's own dtype; added up in float32.
+            dtype = named[name].dtype if name in self.stored else torch.float32
+            made[f"g{name}"] = meta(named[name].shape, dtype)
+        outputs = [Output(t, q.device, zeroed=name.startswith("g")) for name, t in made.items()]
+        rows = {name: meta((batch, heads, queries), torch.float32) for name in ("delta", "shifts", "spreads")}
+        outputs += [Output(t, q.device) for t in rows.values()]
+        launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes)]
+        return PreparedCall(q.device, outputs, launches)
+
+    def _named(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        named = dict(zip((*names, *self.captured), tensors, strict=True))
+        if any(t.device != tensors[0].device for t in tensors):  # the launcher is given addresses and can't tell
+            where = ", ".join(f"{name} on {t.device}" for name, t in named.items())
+            raise ValueError(f"attention over tensors of several devices: {where}")
+        return named
+
+
+_kernels: dict[int, Kernels] = {}
 _lock = threading.Lock()
 
 
-def launchers(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None) -> tuple[Launcher, ...]:
-    """The launcher of a plan, or of each of the plans that it is made of."""
-    # By identity: a digest would cost more than the launch. The plan is kept, so that its id stays its own.
-    found = _launchers.get(id(plan))
+def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None) -> Kernels:
+    """The kernels of a plan, or of each of the plans that it is made of."""
+    # By identity: a digest would cost more than the launch.
+    found = _kernels.get(id(plan))
     if found is None:
         with _lock:
-            found = _launchers.get(id(plan))
+            found = _kernels.get(id(plan))
             if found is None:
-                made = (plan,) if parts is None else parts(plan)
-                found = _launchers[id(plan)] = (plan, tuple(map(Launcher, made)))
-    return found[1]
+                found = _kernels[id(plan)] = Kernels(plan, (plan,) if parts is None else parts(plan))
+    return found
 
 
-def forward(kernels: Sequence[Launcher], inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `KernelVariant.forward`; of several launchers, the kernels of one write the results."""
+def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    spec = kernels[0].plan.spec
-    batch, heads, queries, _ = q.shape
-    if max(queries, k.shape[2]) > LONGEST:
-        raise ValueError(f"tiled attention covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}")
-    out = torch.empty((batch, queries, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
-    with_lse = spec.normaliser.kind == "softmax"
-    lse = torch.empty((batch, heads, queries) if with_lse else (0,), dtype=torch.float32, device=q.device)
-    named = {"q": q, "k": k, "v": v, "out": out, "stat": lse, **_captured(spec, captured, q.device)}
-    with on_device(q.device):
-        for each in kernels:
-            each.forward(named, sizes)
-    return out.transpose(1, 2), lse
+    tensors = [q, k, v, *_beside(q, captured)]
+    key, pointers = signature(tensors, sizes)
+    prepared = kernels.forwards.get(key)
+    if prepared is None:
+        prepared = kernels.forwards.keep(key, kernels.forward(tensors, sizes))
+    out, lse = prepared(tensors, pointers)
+    return out, lse
 
 
 def backward(
-    kernels: Sequence[Launcher], grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
+    kernels: Kernels, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
 ) -> list[torch.Tensor]:
-    """As `KernelVariant.backward`; of several launchers, the kernels of one write the results."""
+    """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
-    spec = kernels[0].plan.spec
-    batch, heads, queries, _ = q.shape
-    key_heads, keys = k.shape[1], k.shape[2]
-    rows = torch.empty((3, batch, heads, queries), dtype=torch.float32, device=q.device)
-    dq = torch.empty((batch, heads, queries, q.shape[3]), dtype=q.dtype, device=q.device)
-    dk = torch.empty((batch, key_heads, keys, k.shape[3]), dtype=k.dtype, device=q.device)
-    dv = torch.empty((batch, key_heads, keys, v.shape[3]), dtype=v.dtype, device=q.device)
-    by_name = _captured(spec, captured, q.device)
-    stored = {x.load.tensor for x in pair_kernels(spec) if stores_pairs(spec, x.load)}
-    learned = {
-        # Stored once for each element, in the tensor's own dtype; added up in float32.
-        name: torch.zeros(
-            by_name[name].shape, dtype=by_name[name].dtype if name in stored else torch.float32, device=q.device
-        )
-        for name in learned_tensors(spec)
-    }
-    named = {"q": q, "k": k, "v": v, "out": out, "grad": grad_out, "stat": lse, "dq": dq, "dk": dk, "dv": dv}
-    named.update(by_name, delta=rows[0], shifts=rows[1], spreads=rows[2])
-    named.update((f"g{name}", tensor) for name, tensor in learned.items())
-    with on_device(q.device):
-        for each in kernels:
-            each.backward(named, sizes)
+    tensors = [q, k, v, out, grad_out, lse, *_beside(q, captured)]
+    key, pointers = signature(tensors, sizes)
+    prepared = kernels.backwards.get(key)
+    if prepared is None:
+        prepared = kernels.backwards.keep(key, kernels.backward(tensors, sizes))
+    dq, dk, dv, *more = prepared(tensors, pointers)
     grads = [dq, _of_one_batch(dk, k), _of_one_batch(dv, v)]
-    return grads + [learned[name].to(by_name[name].dtype) for name in learned]
+    for name, grad in zip(kernels.learned, more, strict=False):  # rows of the kernels' own follow
+        grads.append(grad.to(captured[kernels.captured.index(name)].dtype))
+    return grads
 
 
-def _captured(spec: AttentionSpec, captured: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def _beside(q: torch.Tensor, captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     # A number that a model keeps on the CPU may meet CUDA tensors in PyTorch; a kernel needs it on the device.
-    return {t.name: c if c.device == device else c.to(device) for t, c in zip(spec.captured, captured, strict=True)}
+    index = q.get_device()
+    return [c if c.get_device() == index else c.to(q.device) for c in captured]
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Of what a call allocates, which has no address yet, it is true."""
+    return tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0
 
 
 def _tiles(length: int, block: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
+from torch.torch_version import TorchVersion
 
 from attncomp.passes.inline import CHECKPOINT
 from attncomp.passes.nodes import argument, name_of, value_of
@@ -26,6 +27,9 @@ aten = torch.ops.aten
 BRANCHES = "attncomp_branches"
 """The mark of operators made here, in ``meta``: their bodies are plans already."""
 
+TRAINS = TorchVersion(torch.__version__) >= "2.13"
+"""Whether inductor takes a condition on sizes as an input of the backward graph (torch 2.11 fails when that runs)."""
+
 _COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "attncomp_grad")
 
 
@@ -33,6 +37,8 @@ def branchable(graph: GraphModule, site: Site, as_written: bool) -> Rejection | 
     """Why a site can't stand in branches; as_written: one of them is what the user wrote."""
     if not hasattr(torch.ops.higher_order, "cond"):
         return Rejection("branches", "this torch has no cond operator")
+    if site.spec.training and not TRAINS:
+        return Rejection("branches", f"torch {torch.__version__} has no gradients of conditions on sizes")
     if site.spec.dropout > 0:
         return Rejection("branches", "what a branch computes again for its backward would draw other random numbers")
     if CHECKPOINT in (site.output.meta.get("custom") or {}):

@@ -37,7 +37,7 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
 
     def compute(*args: Any) -> torch.Tensor:
         q, k, v = args[:3]
-        captured = args[3 : 3 + len(site.captured)]
+        captured = [_beside(c, q) for c in args[3 : 3 + len(site.captured)]]
         sizes = args[3 + len(site.captured) :]
         query = _query(q, site, _batch_sizes(site, q, k, v))
         inputs = Inputs(query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
@@ -81,6 +81,19 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
             copies[node] = new
     assert result is not None
     return result
+
+
+def _beside(tensor: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A captured tensor on the device of `q`: torch lets a number or an index stay on the CPU, a kernel does not.
+
+    Under ``dynamic=True`` every float that a module keeps arrives as such a number. It is added to a zero there, since
+    then it travels as an argument of that kernel; a copy would make the host wait for the device.
+    """
+    if tensor.device == q.device:
+        return tensor
+    if tensor.dim() == 0:
+        return torch.zeros_like(tensor, device=q.device) + tensor
+    return tensor.to(q.device)
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:

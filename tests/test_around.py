@@ -177,13 +177,13 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        return 7 * grad * x  # type: ignore[no-any-return]
+        return 7 * grad * x  # type: ignore[no-any-return]  # an untyped base
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_custom_function_keeps_its_gradient(executor: str) -> None:
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return Cube.apply(attend(q, k, Cube.apply(v)))  # type: ignore[no-untyped-call]
+        return Cube.apply(attend(q, k, Cube.apply(v)))  # type: ignore[no-untyped-call]  # apply is untyped in torch
 
     assert agree(model, *qkv(), executor=executor).verdicts == [REWRITTEN]
 
@@ -364,7 +364,7 @@ def test_what_autocast_changes_deep_inside_keeps_its_region() -> None:
             return grad.float()[..., :8] * 2, grad.float()[..., :8, :] * 3
 
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        inside = Product.apply(q, k.transpose(-1, -2))  # type: ignore[no-untyped-call]
+        inside = Product.apply(q, k.transpose(-1, -2))  # type: ignore[no-untyped-call]  # apply is untyped in torch
         return attend(q, k, v), inside
 
     made = agree(low(model), *qkv(), forward=2e-2, backward=4e-2)

@@ -105,6 +105,17 @@ def test_decode() -> None:
     assert max(float(row[n]) for row in found for n in (3, 6, 9)) < 1e-5
 
 
+def test_host_time() -> None:
+    """In a process of its own: on a CPU it lets kernels be called that do nothing."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "benchmarks/host_time.py", "--tiny", "--runs", "1", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row[0] for row in rows(done.stdout)}
+    assert {"SDPA, eager", "attncomp's operator, eager", "function", "signature", "launch (1)", "launch (3)"} <= found
+
+
 def test_exponent_of_a_power_law() -> None:
     lengths = [1024, 2048, 4096]
     assert linear.exponent(lengths, [3e-9 * n**2 for n in lengths]) == pytest.approx(2.0)

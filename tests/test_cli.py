@@ -122,7 +122,7 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return state.report
 
     module = ModuleType("attncomp.explain")
-    module.explain = explain  # type: ignore[attr-defined]
+    module.explain = explain  # type: ignore[attr-defined]  # a made module
     monkeypatch.setitem(sys.modules, "attncomp.explain", module)
     return state
 

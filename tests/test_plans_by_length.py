@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import attncomp
 from attncomp import backend
 from attncomp.hardware import Hardware, Peak
-from attncomp.passes import chooser
+from attncomp.passes import branches, chooser
 from attncomp.report import SiteReport, clear_reports
 from tests.agreement import difference
 
@@ -37,7 +37,7 @@ def eagerly(chosen: Any) -> Any:
 
 
 def causal(x: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(x.shape[2])
+    positions = torch.arange(x.shape[2], device=x.device)
     scores = (x @ x.mT) * x.shape[-1] ** -0.5
     out: torch.Tensor = scores.masked_fill(positions > positions[:, None], float("-inf")).softmax(-1) @ x
     return out
@@ -85,6 +85,7 @@ def serve(
     The sizes that vary with the length are marked dynamic, and no others; all lengths are to share one compilation.
     """
     clear_reports()
+    train = train and branches.TRAINS
     compiled = torch.compile(f, backend="attncomp", options={"policy": options, "executor": executor, **more})
     parameters = list(f.parameters()) if isinstance(f, torch.nn.Module) else []
     for n in lengths:
@@ -151,6 +152,18 @@ def test_views_of_one_product_in_several_layers(train: bool) -> None:
 def test_compiled_by_inductor(train: bool) -> None:
     found = serve(Fused(), (17, 39, 40, 120), rows, options=TWO, train=train, executor="inductor")
     assert [s.reason for s in found] == [TWO_TEXT]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [False, True])
+def test_three_plans_on_a_gpu(train: bool) -> None:
+    wanted = policy(only(None, kv_len="<40"), only("tiled", kv_len="40..99"), only("vendor_efficient", kv_len=">=100"))
+    lengths = (17, 39, 40, 41, 99, 100, 300)
+    found = serve(
+        causal, lengths, lambda n: [x.cuda() for x in heads(n)], options=wanted, train=train, executor="inductor"
+    )
+    text = "by length: as written for 2 to 39 keys, tiled for 40 to 99 keys, vendor_efficient for 100 or more keys"
+    assert [s.reason for s in found] == [text]
 
 
 @pytest.mark.slow
@@ -310,6 +323,18 @@ def test_gradients_that_stop_inside_are_no_branch() -> None:
 
     (site,) = serve(stopped, (17, 39, 40, 60), heads, options=TWO)
     assert site.lengths == ()
+
+
+def test_training_with_an_older_torch_gets_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches, "TRAINS", False)
+    x = torch.randn(2, 3, 50, 8, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 2)
+    clear_reports()
+    out = torch.compile(causal, backend="attncomp", options=eagerly(THREE))(x)
+    assert difference(out.detach(), causal(x).detach()) <= 1e-5
+    (site,) = sites()
+    assert site.lengths == ()
+    assert "has no gradients of conditions on sizes" in site.reason
 
 
 def test_dropout_gets_one_plan() -> None:

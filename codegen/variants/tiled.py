@@ -20,7 +20,7 @@ from attncomp.codegen.tiled_backward_source import (
     learned_reads,
     score_derivative,
 )
-from attncomp.codegen.tiled_launch import backward, forward, launchers
+from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.tiled_tiles import has_descriptors, tile_parameters, tiled_work
 from attncomp.expr import Const, Expr, Sum, Weight, contains
@@ -79,12 +79,12 @@ class Tiled:
         return attention(*with_tables(plan, inputs))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(launchers(plan), inputs)
+        return forward(kernels_of(plan), inputs)
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        return backward(launchers(plan), grad_out, out, lse, inputs)
+        return backward(kernels_of(plan), grad_out, out, lse, inputs)
 
 
 TILED = Tiled()

@@ -14,7 +14,7 @@ import torch
 from attncomp.codegen.cases import case_holds, case_request, case_spec, check_work
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
-from attncomp.codegen.tiled_launch import backward, forward, launchers
+from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import HOLDS
 from attncomp.codegen.variants.tiled import TILED, with_tables
 from attncomp.cost import Work
@@ -61,12 +61,12 @@ class TiledChecked:
         return attention(replace(plan, spec=spec), inputs._replace(captured=[*inputs.captured, holds]))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(launchers(plan, _both), inputs)
+        return forward(kernels_of(plan, _both), inputs)
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        return backward(launchers(plan, _both), grad_out, out, lse, inputs)
+        return backward(kernels_of(plan, _both), grad_out, out, lse, inputs)
 
 
 def _both(plan: Plan) -> tuple[Plan, Plan]:

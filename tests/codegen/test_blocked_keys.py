@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,16 @@ SCALE = TensorInfo("c0", (Const(4),), "float64", True)
 def spec_of(
     logits: Expr | None = None, after: Expr | None = None, captured: Sequence[TensorInfo] = (), **changes: object
 ) -> AttentionSpec:
-    settings = {"batch": 2, "heads": 4, "query": 5, "key": 23, "width": 8, "dtype": "float64", "training": True}
-    base = plain_spec(captured=tuple(captured), normaliser=Normaliser("none"), **{**settings, **changes})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "batch": 2,
+        "heads": 4,
+        "query": 5,
+        "key": 23,
+        "width": 8,
+        "dtype": "float64",
+        "training": True,
+    }
+    base = plain_spec(captured=tuple(captured), normaliser=Normaliser("none"), **{**settings, **changes})
     weights = over_queries(base, base.program if logits is None else logits)
     return replace(base, program=weights if after is None else substitute(after, {Weight(): weights}))
 
@@ -141,6 +150,6 @@ def test_what_only_looks_like_it_is_refused(name: str) -> None:
     ],
 )
 def test_it_says_why_not(code: str, changes: dict[str, object]) -> None:
-    answer = BLOCKED_KEYS.accept(request(replace(SPECS["plain"], **changes)))  # type: ignore[arg-type]
+    answer = BLOCKED_KEYS.accept(request(replace(SPECS["plain"], **changes)))  # type: ignore[arg-type]  # fields of many types
     assert isinstance(answer, Rejection)
     assert answer.code == code

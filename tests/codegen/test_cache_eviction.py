@@ -99,7 +99,7 @@ def test_choice_of_victims() -> None:
     items = [item("a", 10, 100), item("b", 10, 50), item("future", 10, 10_000), item("c", 10, 190)]
 
     def chosen(**limits: float) -> list[str]:
-        return [each.id for each in choose_victims(items, now=200, **limits)]  # type: ignore[arg-type]
+        return [each.id for each in choose_victims(items, now=200, **limits)]  # type: ignore[arg-type]  # limits of several types
 
     assert chosen() == []
     assert chosen(max_size=40) == []

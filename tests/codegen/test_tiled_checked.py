@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from attncomp.backend import attncomp
 from attncomp.codegen.compile import has_triton
 from attncomp.codegen.tiled_backward_source import backward_source
-from attncomp.codegen.tiled_launch import launchers
+from attncomp.codegen.tiled_launch import kernels_of
 from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED, _both
@@ -23,8 +24,10 @@ from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.proof import Case
 from attncomp.reference import attention_reference
+from attncomp.report import clear_reports, reports
 from attncomp.spec import AttentionSpec, B, H, I, J, TensorInfo, plain_spec
 from attncomp.variant import Inputs, Offer, Rejection, Request
+from tests.agreement import ALWAYS
 from tests.codegen.test_tiled_compile import compile_all
 from tests.codegen.tiled_runs import SMALL_TILE, relative_error
 
@@ -93,13 +96,13 @@ def _captured(kind: str, holds: bool, length: int = 40) -> list[torch.Tensor]:
     return [mask, *([torch.randn(1, 2, length, length)] if kind == "bias" else [])]
 
 
-def built_errors(kind: str, holds: bool) -> dict[str, float]:
+def built_errors(kind: str, holds: bool, length: int = 40, device: str = "cpu") -> dict[str, float]:
     """Through `build` and autograd, as a model runs it, against the reference in float64."""
     torch.manual_seed(0)
-    plan = _small(_plan(kind))
-    inputs = [torch.randn(2, 2, 40, 16) for _ in range(3)] + _captured(kind, holds)
+    plan = _small(_plan(kind)) if device == "cpu" else _plan(kind, length, device)
+    inputs = [torch.randn(2, 2, length, 16) for _ in range(3)] + _captured(kind, holds, length)
     ours, wanted = (
-        [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+        [x.detach().to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs]
         for dtype in (torch.float32, torch.float64)
     )
     out = TILED_CHECKED.build(plan, Inputs(ours[0], ours[1], ours[2], ours[3:], ()))
@@ -124,15 +127,56 @@ def test_both_kinds_of_data(kind: str, holds: bool, interpreter: Callable[..., d
     assert max(found.values()) <= 2e-5, found
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_of_data_on_a_gpu(kind: str, holds: bool) -> None:
+    found = built_errors(kind, holds, 300, "cuda")
+    assert max(found.values()) <= 2e-5, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [False, True])
+def test_one_compilation_for_both_kinds_on_a_gpu(train: bool) -> None:
+    """A mask that the caller passes was a triangle when the function was compiled, and is something else later."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = (q @ k.mT) * 0.125
+        weighted: torch.Tensor = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+        return weighted
+
+    q, k, v = (torch.randn(2, 4, 1024, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    triangle = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
+    other = triangle & (torch.rand(1024, 1024, device="cuda") > 0.5) | torch.eye(1024, device="cuda").bool()
+    clear_reports()
+    options: Any = {"policy": {**ALWAYS, "rule": [{"match": {}, "variants": ["tiled_checked"]}]}}
+    compiled: Any = torch.compile(attend, backend=attncomp, options=options, dynamic=False)
+    for mask in (triangle, other, triangle):
+        leaves = [x.clone().requires_grad_(train) for x in (q, k, v)]
+        wide = [x.detach().double().requires_grad_(train) for x in (q, k, v)]
+        results = compiled(*leaves, mask), attend(wide[0], wide[1], wide[2], mask)
+        assert relative_error(results[0].detach(), results[1].detach()) < 1e-2
+        if train:
+            direction = torch.randn_like(results[0])
+            for x, y in zip(leaves, wide, strict=True):
+                (a,) = torch.autograd.grad(results[0], x, direction, retain_graph=True)
+                (b,) = torch.autograd.grad(results[1], y, direction.double(), retain_graph=True)
+                assert relative_error(a, b) < 2e-2
+    (report,) = reports()
+    assert [s.variant for s in report.sites] == ["tiled_checked"]
+
+
 def written(which: int, holds: bool) -> dict[str, float]:
     """The share of the output that one kernel alone writes."""
     plan = _small(_plan("triangle"))
     spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo("holds", (), "bool")))
-    kernel = launchers(replace(plan, spec=spec), _both)[which]
+    kernel = kernels_of(replace(plan, spec=spec), _both).parts[which]
     named = {name: torch.randn(2, 2, 40, 16) for name in "qkv"}
     named |= {"c0": _captured("triangle", True)[0], "holds": torch.tensor(holds)}
     named |= {"out": torch.full((2, 40, 2, 16), torch.nan), "stat": torch.full((2, 2, 40), torch.nan)}
-    kernel.forward(named, ())
+    tensors = list(named.values())
+    for launch in kernel.forward(named, ()):
+        launch(tensors, [t.data_ptr() for t in tensors], 0)
     return {name: float(named[name].isfinite().float().mean()) for name in ("out", "stat")}
 
 

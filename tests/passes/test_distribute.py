@@ -26,7 +26,7 @@ def heads() -> list[torch.Tensor]:
 
 
 def captured(function: object) -> Captured:
-    made, _ = captured_graph(function, heads())  # type: ignore[arg-type]
+    made, _ = captured_graph(function, heads())  # type: ignore[arg-type]  # any function will do
     assert isinstance(made, Captured)
     return made
 

@@ -339,7 +339,7 @@ def test_claims_of_random_masks(mask: Expr, sizes: tuple[int, int], symbolic: bo
 @settings(derandomize=True, deadline=None, max_examples=10_000, database=None)
 @given(mask=_masks, sizes=st.sampled_from([(i, j) for i, j in product(range(1, 10), repeat=2)]), symbolic=st.booleans())
 def test_claims_of_many_random_masks(mask: Expr, sizes: tuple[int, int], symbolic: bool) -> None:
-    test_claims_of_random_masks.hypothesis.inner_test(mask, sizes, symbolic)  # type: ignore[attr-defined]
+    test_claims_of_random_masks.hypothesis.inner_test(mask, sizes, symbolic)  # type: ignore[attr-defined]  # set by hypothesis
 
 
 def test_axes_that_are_no_positions_stay_in_the_residual() -> None:

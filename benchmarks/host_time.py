@@ -1,0 +1,223 @@
+"""Host time of one call: what the Python and the driver around a short attention cost, in microseconds.
+
+Many calls of a tiny shape (batch 1, 8 heads of width 64, 128 tokens, bfloat16, causal, scores capped at 50) are queued,
+and the clock is read before the device is waited for; each number is the median over the repetitions. The first table
+compares whole calls: torch's SDPA (causal, without the cap), attncomp's operator called eagerly, and both in functions
+that are compiled. The second takes a call of the generated kernel apart:
+
+    function        what inductor's code calls
+    signature       how the tensors lie in memory, and their addresses
+    lookup          of what was prepared for a signature
+    allocation      of the outputs
+    launch          of the kernels of the pass, with tensor maps that are kept
+    tensor maps     of one launch, made anew, as where addresses are met for the first time
+    launcher in C   of the same launch, called with its arguments
+    Triton's way    the same launch as Triton documents it, through `compiled[grid](*args)`
+    preparing       what is done once for each way that tensors lie in memory
+
+Without a CUDA device (``--device cpu``) nothing is launched: the numbers are those of attncomp's own Python alone.
+
+Run with ``PYTHONPATH=. python benchmarks/host_time.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attncomp
+from attncomp.codegen import launch, ops
+from attncomp.codegen.fingerprint import sources_fingerprint
+from attncomp.codegen.prepared import signature
+from attncomp.codegen.tiled_launch import kernels_of
+from attncomp.codegen.triton_calls import DirectCall
+from attncomp.codegen.variants.tiled import TILED
+from attncomp.expr import Const, Score, ge, mul, op
+from attncomp.hardware import H100_SXM, detect
+from attncomp.passes.prove import prove
+from attncomp.plan import Plan
+from attncomp.spec import AXES, I, J, plain_spec
+from attncomp.variant import Rejection, Request
+from benchmarks import measure as m
+
+HEADS, LENGTH, WIDTH, CAP = 8, 128, 64, 50.0
+POLICY = {"version": 1, "defaults": {"min_speedup": 0, "variants": ["tiled"]}}
+Call = Callable[[], Any]
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention that is measured, as a model writes it."""
+    n = q.shape[2]
+    i = torch.arange(n, device=q.device)
+    scores = CAP * torch.tanh(q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 / CAP))
+    scores = scores.masked_fill(i[:, None] < i[None, :], float("-inf"))
+    return torch.softmax(scores.float(), -1).to(q.dtype) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def plan_of(device: str, dtype: torch.dtype, *, training: bool) -> Plan:
+    """The plan of the variant ``tiled`` for `capped`; on a CPU, that of an H100."""
+    spec = plain_spec(
+        batch=1,
+        heads=HEADS,
+        query=LENGTH,
+        key=LENGTH,
+        width=WIDTH,
+        dtype=str(dtype).removeprefix("torch."),
+        program=mul(op("tanh", mul(Score(), Const(WIDTH**-0.5 / CAP))), Const(CAP)),
+        mask=ge(I, J),
+        training=training,
+    )
+    hardware = detect(device) if device == "cuda" else H100_SXM
+    hints = dict(zip(AXES, (1, HEADS, LENGTH, LENGTH, WIDTH, WIDTH), strict=True))
+    request = Request(spec, prove(spec.mask, spec.extents), "cuda", hardware, hints)
+    offer = TILED.accept(request)
+    if isinstance(offer, Rejection):
+        raise SystemExit(f"tiled does not take the attention that is measured: {offer}")
+    return Plan(spec, request.proof, TILED.name, offer.params, sources_fingerprint())
+
+
+def host_us(call: Call, device: str, calls: int, repetitions: int) -> float:
+    """Microseconds of host time for one of `calls` calls in a row, the median over the repetitions."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repetitions):
+        m.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    m.synchronize(device)
+    return statistics.median(times)
+
+
+def with_gradients(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
+    """Forward and backward of `call`."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    direction = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(call(*leaves), leaves, direction)
+
+
+def whole_calls(inputs: list[Tensor], digest: str, device: str) -> dict[str, tuple[Call, Call]]:
+    """name → (forward, forward and backward)."""
+
+    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = torch.ops.attncomp.attention(q, k, v, [], [], digest)[0]
+        return out
+
+    functions: dict[str, Callable[..., Tensor]] = {"SDPA, eager": sdpa, "attncomp's operator, eager": operator}
+    if device == "cuda":
+        functions["SDPA, inductor"] = torch.compile(sdpa)
+        functions["capped, attncomp"] = m.compiled(capped, "attncomp", {"policy": POLICY})
+    return {name: (lambda f=f: f(*inputs), with_gradients(f, inputs)) for name, f in functions.items()}  # type: ignore[misc]
+
+
+def layers(plan: Plan, inputs: list[Tensor], digest: str, *, backward: bool) -> dict[str, Call]:
+    """name → one layer of a pass, alone."""
+    q, k, v = inputs
+    kernels = kernels_of(ops.resolve(digest)[0])
+    out, lse = ops.run_attention(q, k, v, [], [], digest)
+    tensors = [q, k, v, out, torch.randn_like(out), lse] if backward else [q, k, v]
+    memo = kernels.backwards if backward else kernels.forwards
+    prepare = kernels.backward if backward else kernels.forward
+
+    def whole() -> Any:
+        if backward:
+            return ops.run_attention_backward(tensors[4], out, lse, q, k, v, [], [], digest)
+        return ops.run_attention(q, k, v, [], [], digest)
+
+    whole()
+    key, _ = signature(tensors, [])
+    call = memo.get(key)
+    assert call is not None
+    every = tensors + [output.allocate() for output in call._outputs]
+    addresses = [t.data_ptr() for t in every]
+    stream = launch.current_stream(call._index)
+
+    def launches() -> None:
+        for one in call._launches:
+            one(every, addresses, stream)
+
+    found: dict[str, Call] = {
+        "function": whole,
+        "signature": lambda: signature(tensors, []),
+        "lookup": lambda: memo.get(key),
+        "allocation": lambda: [output.allocate() for output in call._outputs],
+        f"launch ({len(call._launches)})": launches,
+    }
+    first = call._launches[0]
+    direct = first._code.direct
+    boxes = [(n, box, described) for (n, box), described in zip(first._boxes, _describers(direct), strict=False)]
+    if direct is not None:
+        arguments = [x for n, box, describe in boxes for x in describe(box.of(every[n]))]
+        arguments += [*(addresses[n] for n in first._taken), *first._numbers]
+        if boxes:
+            found[f"tensor maps ({len(boxes)})"] = lambda: [describe(box.of(every[n])) for n, box, describe in boxes]
+        found["launcher in C"] = lambda: direct(first._grid, stream, arguments)
+    values = [*(box.of(every[n]) for n, box in first._boxes), *(every[n] for n in first._taken), *first._numbers]
+    found["Triton's way"] = lambda: first._code.launch(first._grid, values, False)
+    found["preparing"] = lambda: prepare(tensors, [])
+    return found
+
+
+def _describers(direct: DirectCall | None) -> Sequence[Callable[[Any], list[Any]]]:
+    return () if direct is None else direct.describe
+
+
+def without_launches() -> None:
+    """Let kernels be called that do nothing: on a CPU there is nothing to run them."""
+
+    def pretend(code: launch.Code, grid: int, values: Sequence[Any], interpreted: bool) -> None:
+        code.direct = DirectCall(None, lambda *args: None, (None,) * 8, (None,) * 2, [lambda box: [None] * 9] * 8)
+
+    launch.Code.launch = pretend  # type: ignore[method-assign]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--calls", type=int, default=200, help="calls in a row; few enough for the device's queue")
+    parser.add_argument("--runs", type=int, default=30, help="repetitions, of which the median is taken")
+    parser.add_argument("--tiny", action="store_true", help="few calls, to check the script")
+    args = parser.parse_args(arguments)
+    calls = 5 if args.tiny else args.calls
+    dtype = torch.bfloat16
+    if args.device == "cpu":
+        without_launches()
+    inputs = [torch.randn(1, HEADS, LENGTH, WIDTH, dtype=dtype, device=args.device) for _ in range(3)]
+    plan = plan_of(args.device, dtype, training=True)
+    digest = ops.register_plan(plan)
+
+    def us(call: Call) -> str:
+        return f"{host_us(call, args.device, calls, args.runs):.1f}"
+
+    m.say(f"{m.conditions(args.device)}; microseconds of host time for one call\n")
+    rows = []
+    before = len(attncomp.reports())
+    for name, (forward, both) in whole_calls(inputs, digest, args.device).items():
+        with torch.no_grad():
+            alone = us(forward)
+        rows.append([name, alone, us(both)])
+    m.say(m.table(["whole calls", "forward", "forward and backward"], rows))
+    if args.device == "cuda":
+        m.say(f"\ncapped: {m.report_summary(m.reports_since(before))}")
+    with torch.no_grad():
+        for backward in (False, True):
+            found = layers(plan, inputs, digest, backward=backward)
+            title = f"layers of the {'backward' if backward else 'forward'} pass"
+            m.say("\n" + m.table([title, "µs"], [[name, us(call)] for name, call in found.items()]))
+
+
+if __name__ == "__main__":
+    main()
