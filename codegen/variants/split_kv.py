@@ -16,7 +16,7 @@ import torch
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.reach import has_reach, reach_work, with_reach
-from attncomp.codegen.split_kv_launch import forward, launcher
+from attncomp.codegen.split_kv_launch import forward, split_kernels_of
 from attncomp.codegen.split_kv_source import split_source, whole_source
 from attncomp.codegen.split_kv_tiles import split_tile, split_work
 from attncomp.codegen.tabulate import tabulate
@@ -73,7 +73,7 @@ class SplitKV:
         return attention(*(with_reach(plan, inputs) if plan.params["reach"] else (plan, inputs)))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(launcher(plan), inputs)
+        return forward(split_kernels_of(plan), inputs)
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
