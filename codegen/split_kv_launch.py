@@ -23,7 +23,7 @@ from attncomp.codegen.split_kv_source import (
     whole_arguments,
     whole_source,
 )
-from attncomp.codegen.split_kv_tiles import equal_splits, more_splits
+from attncomp.codegen.split_kv_tiles import MERGE, equal_splits, more_splits
 from attncomp.codegen.tiled_launch import FORWARD_INPUTS, Kernel, PreparedCall, on_one_device
 from attncomp.codegen.tiled_source import Arguments, common_context
 from attncomp.plan import Plan
@@ -99,8 +99,7 @@ class SplitKernels:
             plan = self.plan
             name = f"split_kv {form}, {plan.proof.text}"
             module = kernel_module(source(plan), name=name, variant="split_kv", key={"plan": plan.digest})
-            # The merge reads partial results that fit four warps' registers, and has no loop worth a pipeline.
-            tiles = {"merge": {**self._tile, "num_warps": 4, "num_stages": 1}}
+            tiles = {"merge": {**self._tile, **MERGE}}
             found = self._loaded[form] = {
                 kernel: Kernel(getattr(module, kernel), arguments, tiles.get(kernel, self._tile))
                 for kernel, arguments in taken.items()

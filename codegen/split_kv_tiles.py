@@ -26,6 +26,8 @@ _RESIDENT = 2
 """Programs side by side on a multiprocessor: one computes and starts up while the other's loads arrive."""
 SHORTEST = 2
 """Steps of the shortest split: merging its result costs as much as reading some tens of keys."""
+MERGE: Tile = {"num_warps": 8, "num_stages": 1}
+"""The partial results that a program of the merge holds at once fit the registers of eight warps; no loop is long."""
 _BANDWIDTH = 0.85
 """The share of the memory bandwidth that the kernel reaches with a full grid: a prior estimate, to be calibrated."""
 

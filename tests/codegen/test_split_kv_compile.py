@@ -17,6 +17,7 @@ from attncomp.codegen.split_kv_source import (
     whole_arguments,
     whole_source,
 )
+from attncomp.codegen.split_kv_tiles import MERGE
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import Const, Expr, Load, Score, and_, gt, le, mul, op, sub
@@ -76,7 +77,7 @@ def _compiled(plan: Plan, capability: int) -> dict[str, Any]:
     for kernel, source, arguments, chosen in (
         ("whole", whole, whole_arguments(plan), options),
         ("partial", split, partial_arguments(plan), options),
-        ("merge", split, merge_arguments(plan), {}),
+        ("merge", split, merge_arguments(plan), MERGE),
     ):
         kinds = signature_of(arguments.names, pointers)
         ones: dict[str, object] = {n: 1 for n in ("q_d", "k_d", "v_e") if n in kinds}
