@@ -141,6 +141,14 @@ def test_on_a_gpu(name: str, dtype: str, programs: int | None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("new", "window"), [(1, None), (3, 9)])
+def test_a_static_cache_on_a_gpu(new: int, window: int | None) -> None:
+    found = decode(new, window, "cuda")
+    assert found["error"] < 1e-4
+    assert (found["variants"], found["compilations"]) == (["split_kv"], 1)
+
+
+@pytest.mark.gpu
 def test_cuda_graphs_follow_the_data() -> None:
     """One recording serves every position: the device reads where the keys end."""
     from attncomp.reference import attention_reference
