@@ -59,6 +59,7 @@ def cross_compile(
     *,
     constants: Mapping[str, Mapping[str, object]] | None = None,
     options: Mapping[str, Mapping[str, int]] | None = None,
+    multiples: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Compile kernels of a generated source for a GPU that need not be here.
 
@@ -68,6 +69,8 @@ def cross_compile(
         target: a ``triton.backends.compiler.GPUTarget``, such as ``GPUTarget("cuda", 90, 32)``.
         constants: kernel name → argument name → value, for arguments that are specialised (a stride of 1).
         options: kernel name → ``num_warps`` and ``num_stages``.
+        multiples: kernel name → integer arguments that are multiples of 16, as most strides are when a kernel runs;
+            without that, Triton reads element by element.
 
     Returns:
         kernel name → Triton's compiled kernel: ``.metadata.shared`` is its shared memory in bytes, ``.asm["ptx"]`` its
@@ -90,7 +93,12 @@ def cross_compile(
             fixed = dict((constants or {}).get(kernel, {}))
             types = {argument: "constexpr" if argument in fixed else kind for argument, kind in signature.items()}
             order = {argument: n for n, argument in enumerate(function.arg_names)}
-            aligned = {(order[a],): [["tt.divisibility", 16]] for a, kind in types.items() if kind.startswith("*")}
+            even = (multiples or {}).get(kernel, ())
+            aligned = {
+                (order[a],): [["tt.divisibility", 16]]
+                for a, kind in types.items()
+                if kind.startswith("*") or (a in even and kind != "constexpr")
+            }
             compiled[kernel] = triton.compile(
                 ASTSource(
                     fn=function, signature=types, constexprs={(order[a],): v for a, v in fixed.items()}, attrs=aligned

@@ -33,7 +33,7 @@ BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
 """The tensors that are given to each direction, before the captured ones."""
 
 
-class _Kernel:
+class Kernel:
     """A loaded kernel and where its arguments come from."""
 
     __slots__ = ("_arguments", "_boxes", "_launch", "_strides", "block_m", "block_n")
@@ -73,9 +73,9 @@ class Launcher:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._key = {"plan": plan.digest}
-        self._kernels: dict[tuple[str, bool], dict[str, _Kernel]] = {}
+        self._kernels: dict[tuple[str, bool], dict[str, Kernel]] = {}
 
-    def _load(self, direction: str, named: Mapping[str, torch.Tensor]) -> dict[str, _Kernel]:
+    def _load(self, direction: str, named: Mapping[str, torch.Tensor]) -> dict[str, Kernel]:
         """The kernels of the forward or the backward pass, in the form that suits how the tensors lie in memory."""
         batch = named["q"].shape[0]
         descriptors = bool(self.plan.params["descriptors"]) and all(
@@ -86,7 +86,7 @@ class Launcher:
             loaded = self._kernels[direction, descriptors] = self._build(direction, descriptors)
         return loaded
 
-    def _build(self, direction: str, descriptors: bool) -> dict[str, _Kernel]:
+    def _build(self, direction: str, descriptors: bool) -> dict[str, Kernel]:
         plan = self.plan
         tiles = {"forward": "forward"}
         source, arguments = forward_source, forward_arguments
@@ -99,7 +99,7 @@ class Launcher:
         name = f"tiled {direction}, {plan.proof.text}"
         module = kernel_module(source(plan, descriptors), name=name, variant="tiled", key=self._key)
         taken = arguments(plan, descriptors)
-        return {kernel: _Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
+        return {kernel: Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
 
     def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> list[PreparedLaunch]:
         """What writes ``out`` and ``stat``."""
@@ -240,7 +240,7 @@ def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None
 def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, *_beside(q, captured)]
+    tensors = [q, k, v, *on_one_device(q, captured)]
     key, pointers = signature(tensors, sizes)
     prepared = kernels.forwards.get(key)
     if prepared is None:
@@ -254,7 +254,7 @@ def backward(
 ) -> list[torch.Tensor]:
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, out, grad_out, lse, *_beside(q, captured)]
+    tensors = [q, k, v, out, grad_out, lse, *on_one_device(q, captured)]
     key, pointers = signature(tensors, sizes)
     prepared = kernels.backwards.get(key)
     if prepared is None:
@@ -266,7 +266,7 @@ def backward(
     return grads
 
 
-def _beside(q: torch.Tensor, captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def on_one_device(q: torch.Tensor, captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     # A number that a model keeps on the CPU may meet CUDA tensors in PyTorch; a kernel needs it on the device.
     index = q.get_device()
     return [c if c.get_device() == index else c.to(q.device) for c in captured]

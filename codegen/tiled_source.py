@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from attncomp.codegen.data_bounds import bound_texts, data_bounds
 from attncomp.codegen.printer import Level, Printer, stride_argument, symbol_argument
 from attncomp.codegen.render import render
 from attncomp.expr import (
@@ -223,7 +224,8 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     sink = spec.normaliser.sink
     mask = element_mask(plan)
-    roots = [exponent.program, *mask, proof.residual, *ranges, *(() if sink is None else (sink,))]
+    bounds = data_bounds(proof.residual)
+    roots = [exponent.program, *mask, proof.residual, *ranges, *bounds.atoms, *(() if sink is None else (sink,))]
     printer = Printer(
         spec,
         (
@@ -236,6 +238,11 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         roots=roots,
     )
     low, inner_low, inner_high, high = (printer.value(e) for e in ranges)
+    limits = bound_texts(bounds, printer)
+    for limit in limits["first"]:
+        low = f"tl.maximum({low}, {limit})"
+    for limit in limits["last"]:  # to the end of its tile: what is beyond the bound there, the mask's own test hides
+        high = f"tl.minimum({high}, tl.cdiv({limit} + 1, BLOCK_N) * BLOCK_N)"
     sink_text = None if sink is None else printer.value(sink)
     inner = printer.inner(inside={"i": "i_in"})
     edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
@@ -253,13 +260,18 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         inner_high=inner_high,
         sink=sink_text,
         program=program_context(exponent),
-        inner_body=_body(inner, exponent, [], proof.residual, length_test=False),
-        edge_body=_body(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
+        inner_body=body_context(inner, exponent, [], proof.residual, length_test=False),
+        edge_body=body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
         tile_lines=printer.lines(0),
         phases=phases_of(plan, "j", params["block_n"]),
-        bounded=not any(_may_be_infinite(n) for n in walk(spec.program)),
+        bounded=is_bounded(spec.program),
         edge_stages=params.get("edge_stages", 0),
     )
+
+
+def is_bounded(program: Expr) -> bool:
+    """Whether a program can't give -inf for finite scores."""
+    return not any(_may_be_infinite(n) for n in walk(program))
 
 
 def _may_be_infinite(e: Expr) -> bool:
@@ -274,9 +286,10 @@ def _may_be_infinite(e: Expr) -> bool:
 _POLES = frozenset(("log", "log2", "div", "reciprocal", "rsqrt", "pow", "exp", "exp2"))
 
 
-def _body(
+def body_context(
     printer: Printer, exponent: Exponent, ranges: list[Expr], residual: Expr, *, length_test: bool
 ) -> dict[str, Any]:
+    """A body of the loop over keys, as ``_key_sweep.py.jinja`` takes it: program, mask, and the lines before them."""
     program = printer.value(exponent.program)
     tests = [f"({printer.value(e)})" for e in ranges]
     if length_test and "j" in printer.inside:

@@ -60,7 +60,7 @@ def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -
     item = _BYTES[spec.dtype]
     limit = hardware.shared_memory or 99 * 1024
     tables = {"forward": _FORWARD, "keys": _KEYS, "queries": _QUERIES}
-    reads = _element_loads(spec, proof)
+    reads = element_loads(spec, proof)
     chosen: dict[str, Tile] = {}
     for kernel in tables if spec.training else ("forward",):
         rows = tables[kernel].get(_shape(spec, proof, family), tables[kernel][family])
@@ -78,7 +78,7 @@ def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -
 
 def _shape(spec: AttentionSpec, proof: MaskProof, family: str) -> str:
     """The row of the tables for a program and a mask of this kind, where there is one."""
-    if _element_loads(spec, proof) > 0:
+    if element_loads(spec, proof) > 0:
         return f"{family}, dense reads"
     grows = proof.key_lo == ZERO and proof.key_hi != spec.size("j") and proof.residual == TRUE
     return f"{family}, causal" if grows and exponent_of(spec).scale is not None else family
@@ -152,15 +152,31 @@ bf16, 16 heads of 16k tokens): forward 525 to 539 TFLOP/s at width 128 and 433 t
 of the backward 496 and 465. The others are prior estimates, to be calibrated."""
 
 
-_HOST_LAUNCHES = 30
+HOST_LAUNCHES = 30
 """Host time of one call of the operator, in launches of the cost model (4 µs each). Measured on an H100's host (torch
 2.11, Triton 3.6): 116 µs, where a call of SDPA takes 27."""
+
+
+_SM_SHARE = 3.0
+"""What one multiprocessor can draw from memory, in even shares of the bandwidth: a prior estimate, to be calibrated."""
+
+
+def grid_shares(programs: float, hardware: Hardware) -> tuple[float, float]:
+    """The shares of the device's arithmetic and of its memory bandwidth that a grid of `programs` can use."""
+    busy = min(1.0, max(programs, 1.0) / max(hardware.sms, 1))
+    return busy, min(1.0, _SM_SHARE * busy)
+
+
+L2_SPEED = 3.0
+"""How much faster than memory the L2 is to tiles that read the same keys: a prior estimate, to be calibrated."""
 
 
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
     """What the kernels do: contractions and exponentials of the visited tiles, and memory traffic.
 
-    Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2.
+    Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2,
+    which is fast, but not without a limit: a single query of many heads is bound by it. A short grid leaves
+    multiprocessors idle.
     """
     spec, hints = request.spec, request.hints
     b, h, i, j, d, e = (hints[axis] for axis in ("b", "h", "i", "j", "d", "e"))
@@ -169,31 +185,42 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     kv_heads = max(1, h // (spec.group or 1))
     queries, keys = b * h * i * item, b * kv_heads * j * item
     wide_d, wide_e = (sum(part.width for part in width_parts(w)) for w in (d, e))
-    elements = _element_loads(spec, request.proof)
-    special = sum(_SPECIAL.get(n.name, 0) for n in walk(spec.program) if isinstance(n, Op) and _in_loop(n))
-    special += spec.normaliser.kind == "softmax"
-    special += sum(isinstance(n, Load) and _from_table(n) for n in walk(spec.program))
+    elements = element_loads(spec, request.proof)
+    special = special_functions(spec)
     dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
     family = tile_family(spec, request.hardware)
     narrow = family == "hopper" and max(d, e) < 128
     efficiency = _KERNEL_EFFICIENCY["hopper, narrow" if narrow else family]
 
-    def kernel(products: float, traffic: float) -> Work:
-        return Work(2 * pairs * products, traffic + pairs * elements, 1, pairs * special, efficiency, 0.8, dtype)
+    def kernel(name: str, products: float, traffic: float) -> Work:
+        tile = tiles[name]
+        programs = b * kv_heads * -(-j // tile["block_n"]) if name == "keys" else b * h * -(-i // tile["block_m"])
+        compute, bandwidth = grid_shares(programs, request.hardware)
+        # Each program reads what belongs to its visited pairs through the L2.
+        shared = pairs / (tile["block_n" if name == "keys" else "block_m"]) * (d + e) * item
+        traffic = max(traffic + pairs * elements, shared / L2_SPEED)
+        return Work(2 * pairs * products, traffic, 1, pairs * special, efficiency * compute, 0.8 * bandwidth, dtype)
 
-    work = kernel(wide_d + wide_e, (queries + keys) * (d + e)) + Work(0.0, 0.0, _HOST_LAUNCHES)
+    work = kernel("forward", wide_d + wide_e, (queries + keys) * (d + e)) + Work(0.0, 0.0, HOST_LAUNCHES)
     if spec.training:
-        work += Work(0.0, 2 * queries * e, 1 + _HOST_LAUNCHES)  # rowsum(dO * O)
-        work += kernel(2 * (wide_d + wide_e), (queries + 2 * keys) * (d + e))
-        work += kernel(2 * wide_d + wide_e, (queries + keys) * (d + e) + queries * d)
+        work += Work(0.0, 2 * queries * e, 1 + HOST_LAUNCHES)  # rowsum(dO * O)
+        work += kernel("keys", 2 * (wide_d + wide_e), (queries + 2 * keys) * (d + e))
+        work += kernel("queries", 2 * wide_d + wide_e, (queries + keys) * (d + e) + queries * d)
     return work
+
+
+def special_functions(spec: AttentionSpec) -> int:
+    """Exponentials and the like for each pair, that of the softmax among them."""
+    special = sum(_SPECIAL.get(n.name, 0) for n in walk(spec.program) if isinstance(n, Op) and _in_loop(n))
+    special += spec.normaliser.kind == "softmax"
+    return special + sum(isinstance(n, Load) and _from_table(n) for n in walk(spec.program))
 
 
 def _in_loop(e: Expr) -> bool:
     return contains(e, Score) or {"i", "j"} <= axes_of(e)
 
 
-def _element_loads(spec: AttentionSpec, proof: MaskProof) -> float:
+def element_loads(spec: AttentionSpec, proof: MaskProof) -> float:
     """Bytes read from memory for each pair: from captured tensors with a dimension for queries and one for keys."""
     loads = {n for e in (spec.program, proof.residual) for n in walk(e) if isinstance(n, Load) and not _from_table(n)}
     return float(sum(_ITEM.get(spec.tensor(n.tensor).dtype, 8) for n in loads if {"i", "j"} <= axes_of(n)))

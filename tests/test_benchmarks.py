@@ -74,12 +74,12 @@ def test_linear_rows_against_float64() -> None:
     assert linear.float64_error(module, (q, k, v), out.flip(-1), 8) > 0.1
 
 
-def test_kernels() -> None:
-    """In a process of its own: Triton's interpreter is chosen when Triton is imported."""
+def interpreted(*command: str) -> str:
+    """What a benchmark prints in a process of its own: Triton's interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "benchmarks/kernels.py", *TINY, "--cases", "causal,softcap"],
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -88,9 +88,21 @@ def test_kernels() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    errors = [float(row[3]) for row in rows(done.stdout)[1:]]
+    return done.stdout
+
+
+def test_kernels() -> None:
+    said = interpreted("benchmarks/kernels.py", *TINY, "--cases", "causal,softcap")
+    errors = [float(row[3]) for row in rows(said)[1:]]
     assert len(errors) == 2
     assert max(errors) < 1e-5
+
+
+def test_decode() -> None:
+    said = interpreted("benchmarks/decode.py", *TINY, "--cases", "B1 32k;B8 1k to 32k", "--tile", "block_n=16")
+    found = rows(said)[1:]
+    assert [row[0] for row in found] == ["B1 32k", "B8 1k to 32k"]
+    assert max(float(row[n]) for row in found for n in (3, 6, 9)) < 1e-5
 
 
 def test_host_time() -> None:

@@ -6,6 +6,7 @@ from attncomp.codegen.variants.blocked import BLOCKED
 from attncomp.codegen.variants.blocked_keys import BLOCKED_KEYS
 from attncomp.codegen.variants.checked import VENDOR_CPU_FLASH_CHECKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
+from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
@@ -20,6 +21,7 @@ VARIANTS: tuple[Variant, ...] = (
     CHUNKED_LINEAR,
     TILED,
     TILED_CHECKED,
+    SPLIT_KV,
     BLOCKED,
     BLOCKED_KEYS,
 )

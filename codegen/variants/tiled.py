@@ -48,7 +48,12 @@ class Tiled:
         found = tabulate(request.spec)
         if found is not None:
             request = replace(request, spec=found.spec)
-        rejection = _device(request) or _form(request.spec) or _shapes(request.spec) or _learned(request.spec)
+        rejection = (
+            rejected_device(request)
+            or rejected_form(request.spec)
+            or rejected_shapes(request.spec)
+            or _learned(request.spec)
+        )
         if rejection is not None:
             return rejection
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -97,7 +102,8 @@ def with_tables(plan: Plan, inputs: Inputs) -> tuple[Plan, Inputs]:
     return replace(plan, spec=found.spec), inputs._replace(captured=captured, sizes=sizes)
 
 
-def _device(request: Request) -> Rejection | None:
+def rejected_device(request: Request) -> Rejection | None:
+    """Why generated Triton kernels do not run where the site is; None if they do."""
     if not has_triton():
         return Rejection("no-triton", "the triton package is not installed (pip install 'attncomp[gpu]')")
     if request.device == "cuda":
@@ -110,7 +116,8 @@ def _device(request: Request) -> Rejection | None:
     return Rejection("device", f"runs on CUDA devices, not on {request.device}")
 
 
-def _form(spec: AttentionSpec) -> Rejection | None:
+def rejected_form(spec: AttentionSpec) -> Rejection | None:
+    """Why an attention is no sweep over keys that are read plainly; None if it is."""
     if spec.dropout > 0:
         return Rejection(
             "dropout", f"weights are dropped with probability {spec.dropout:g}; the kernel draws no random numbers"
@@ -131,7 +138,8 @@ def _form(spec: AttentionSpec) -> Rejection | None:
     return None
 
 
-def _shapes(spec: AttentionSpec) -> Rejection | None:
+def rejected_shapes(spec: AttentionSpec) -> Rejection | None:
+    """Why tiles can't hold the operands; None if they can."""
     dtypes = sorted({t.dtype for t in spec.tensors[:3]} | {spec.dtype})
     if len(dtypes) > 1:
         return Rejection("dtype", f"q, k, v and the output differ in dtype: {', '.join(dtypes)}")

@@ -1,0 +1,140 @@
+"""Launching split-KV attention: how many programs share a sequence's keys is decided for each way that a call looks.
+
+As in `attncomp.codegen.tiled_launch`, what a call launches is prepared once for tensors that lie in memory alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+
+from attncomp.codegen.compile import kernel_module
+from attncomp.codegen.launch import PreparedLaunch
+from attncomp.codegen.prepared import Memo, Output, meta, signature
+from attncomp.codegen.printer import LONGEST
+from attncomp.codegen.split_kv_source import (
+    merge_arguments,
+    partial_arguments,
+    schedule_of,
+    split_source,
+    whole_arguments,
+    whole_source,
+)
+from attncomp.codegen.split_kv_tiles import MERGE, equal_splits, more_splits
+from attncomp.codegen.tiled_launch import FORWARD_INPUTS, Kernel, PreparedCall, on_one_device
+from attncomp.codegen.tiled_source import Arguments, common_context
+from attncomp.plan import Plan
+from attncomp.variant import Inputs
+
+
+class SplitKernels:
+    """Everything that runs for one plan; each kernel is loaded when it is first needed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan  # kept, so that its id stays its own
+        self.forwards: Memo[PreparedCall] = Memo()
+        self._schedule = schedule_of(plan)
+        self._tile: dict[str, int] = dict(plan.params["split"])
+        context = common_context(plan)
+        self._group, self._kv_heads = context["group"], context["kv_heads"]
+        self._names = (*FORWARD_INPUTS, *(t.name for t in plan.spec.captured))
+        self._loaded: dict[str, dict[str, Kernel]] = {}
+
+    def forward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
+        """The forward pass over tensors like these (`FORWARD_INPUTS`, then the captured ones)."""
+        named = dict(zip(self._names, tensors, strict=True))
+        if any(t.device != tensors[0].device for t in tensors):  # the launcher is given addresses and can't tell
+            where = ", ".join(f"{name} on {t.device}" for name, t in named.items())
+            raise ValueError(f"attention over tensors of several devices: {where}")
+        q, k, v = tensors[:3]
+        batch, heads, queries, _ = q.shape
+        keys, width = k.shape[2], v.shape[3]
+        if max(queries, keys) > LONGEST:
+            raise ValueError(f"split-KV attention covers sequences of up to {LONGEST}, not {max(queries, keys)}")
+        made = {
+            "out": meta((batch, queries, heads, width), q.dtype),
+            "stat": meta((batch, heads, queries), torch.float32),
+        }
+        block_m = self._tile["block_m"]
+        places = -(-queries * self._group // block_m) * self._kv_heads
+        slots, lengths = self._slots(batch, places, keys, q.device)
+        lengths |= {"TQ": queries, "TK": keys}
+        grids = {"whole": batch * places}
+        kernels = self._whole() if slots <= batch else self._parts()
+        if slots > batch:
+            rows = slots * places * block_m
+            made |= {name: meta((rows,), torch.float32) for name in ("maxima", "sums")}
+            made["accs"] = meta((rows, width), torch.float32)
+            made["shares_of"] = meta((batch, places, 2), torch.int32)
+            grids = {"partial": slots * places, "merge": batch * heads * queries}
+        given = {**named, **made}
+        launches: list[PreparedLaunch] = [
+            kernels[name].prepare(grid, given, lengths, sizes) for name, grid in grids.items() if grid
+        ]
+        made["out"] = made["out"].transpose(1, 2)
+        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches)
+
+    def _slots(self, batch: int, places: int, keys: int, device: torch.device) -> tuple[int, dict[str, int]]:
+        """Programs for each tile of rows, of all sequences together, and the integer that says so to the kernel."""
+        processors = _processors(device)
+        if self._schedule == "ragged":
+            more = more_splits(self._tile, batch, places, keys, processors)
+            return batch + more, {"MORE": more}
+        splits = equal_splits(self._tile, batch, places, keys, processors)
+        return batch * splits, {"SPLITS": splits}
+
+    def _whole(self) -> Mapping[str, Kernel]:
+        return self._load("whole", whole_source, whole=whole_arguments(self.plan))
+
+    def _parts(self) -> Mapping[str, Kernel]:
+        arguments = {"partial": partial_arguments(self.plan), "merge": merge_arguments(self.plan)}
+        return self._load("in parts", split_source, **arguments)
+
+    def _load(self, form: str, source: Callable[[Plan], str], **taken: Arguments) -> Mapping[str, Kernel]:
+        found = self._loaded.get(form)
+        if found is None:
+            plan = self.plan
+            name = f"split_kv {form}, {plan.proof.text}"
+            module = kernel_module(source(plan), name=name, variant="split_kv", key={"plan": plan.digest})
+            tiles = {"merge": {**self._tile, **MERGE}}
+            found = self._loaded[form] = {
+                kernel: Kernel(getattr(module, kernel), arguments, tiles.get(kernel, self._tile))
+                for kernel, arguments in taken.items()
+            }
+        return found
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+_kernels: dict[int, SplitKernels] = {}
+_lock = threading.Lock()
+
+
+def split_kernels_of(plan: Plan) -> SplitKernels:
+    """The kernels of a plan."""
+    # By identity: a digest would cost more than the launch.
+    found = _kernels.get(id(plan))
+    if found is None:
+        with _lock:
+            found = _kernels.get(id(plan))
+            if found is None:
+                found = _kernels[id(plan)] = SplitKernels(plan)
+    return found
+
+
+def forward(kernels: SplitKernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `KernelVariant.forward`."""
+    q, k, v, captured, sizes = inputs
+    tensors = [q, k, v, *on_one_device(q, captured)]
+    key, pointers = signature(tensors, sizes)
+    prepared = kernels.forwards.get(key)
+    if prepared is None:
+        prepared = kernels.forwards.keep(key, kernels.forward(tensors, sizes))
+    out, lse, *_ = prepared(tensors, pointers)
+    return out, lse
