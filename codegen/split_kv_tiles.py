@@ -125,7 +125,7 @@ def split_work(request: Request, tile: Tile, precision: str) -> Work:
     dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
     arithmetic, special = 2 * pairs * widths, pairs * special_functions(spec)
     work = Work(arithmetic, traffic, 1, special, _EFFICIENCY * compute, _BANDWIDTH * bandwidth, dtype)
-    work += Work(0.0, 0.0, HOST_LAUNCHES)
+    work += Work(0.0, 0.0, HOST_LAUNCHES["forward"])
     if splits > 1:
         partial = b * h * i * splits * (e + 2) * 4
         work += Work(0.0, 2.0 * partial, 1)

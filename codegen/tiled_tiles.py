@@ -152,9 +152,9 @@ bf16, 16 heads of 16k tokens): forward 525 to 539 TFLOP/s at width 128 and 433 t
 of the backward 496 and 465. The others are prior estimates, to be calibrated."""
 
 
-HOST_LAUNCHES = 30
-"""Host time of one call of the operator, in launches of the cost model (4 µs each). Measured on an H100's host (torch
-2.11, Triton 3.6): 116 µs, where a call of SDPA takes 27."""
+HOST_LAUNCHES = {"forward": 6, "backward": 15}
+"""Host time of one call in compiled code beside its kernels, in launches of the cost model (4 µs each). Measured on an
+H100's host (torch 2.11, Triton 3.6; benchmarks/host_time.py): 27.6 and 71.4 µs, where a call of SDPA takes 31.6."""
 
 
 _SM_SHARE = 3.0
@@ -201,9 +201,9 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
         traffic = max(traffic + pairs * elements, shared / L2_SPEED)
         return Work(2 * pairs * products, traffic, 1, pairs * special, efficiency * compute, 0.8 * bandwidth, dtype)
 
-    work = kernel("forward", wide_d + wide_e, (queries + keys) * (d + e)) + Work(0.0, 0.0, HOST_LAUNCHES)
+    work = kernel("forward", wide_d + wide_e, (queries + keys) * (d + e)) + Work(0.0, 0.0, HOST_LAUNCHES["forward"])
     if spec.training:
-        work += Work(0.0, 2 * queries * e, 1 + HOST_LAUNCHES)  # rowsum(dO * O)
+        work += Work(0.0, 2 * queries * e, 1 + HOST_LAUNCHES["backward"])  # rowsum(dO * O)
         work += kernel("keys", 2 * (wide_d + wide_e), (queries + 2 * keys) * (d + e))
         work += kernel("queries", 2 * wide_d + wide_e, (queries + keys) * (d + e) + queries * d)
     return work
