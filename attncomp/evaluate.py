@@ -79,13 +79,21 @@ def _value(e: Expr, grid: Grid, visit: Any) -> Value:
     if isinstance(e, Load):
         return _load(e, grid, visit)
     if isinstance(e, Sum):
-        size = visit(e.size)
-        inner = replace(grid, axes={**grid.axes, e.axis: (0, size)})
-        body = evaluate_tensor(e.body, inner)
-        return body.expand(*body.shape[:-1], size).sum(-1)
+        return _over_axis(e, e.body, grid, visit).sum(-1)
     if isinstance(e, Op):
+        total = e.args[0]
+        if e.name == "log" and isinstance(total, Sum) and isinstance(total.body, Op) and total.body.name == "exp":
+            # Exponentials that leave the range of the type have a logarithm of their sum that does not.
+            return _over_axis(total, total.body.args[0], grid, visit).logsumexp(-1)
         return _apply(e.name, [visit(a) for a in e.args], [a.kind for a in e.args], grid)
     raise TypeError(type(e).__name__)
+
+
+def _over_axis(total: Sum, body: Expr, grid: Grid, visit: Any) -> torch.Tensor:
+    """`body` along the axis of a sum, as a last dimension of its whole length."""
+    size = visit(total.size)
+    value = evaluate_tensor(body, replace(grid, axes={**grid.axes, total.axis: (0, size)}))
+    return value.expand(*value.shape[:-1], size)
 
 
 def _load(e: Load, grid: Grid, visit: Any) -> torch.Tensor:

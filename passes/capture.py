@@ -101,13 +101,14 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         return Rejection(
             "capture-failed", f"{len(placeholders)} traced inputs for {len(lifted) + len(inputs)} given ones"
         )
+    places = _mutated(graph, targets)
+    if isinstance(places, Rejection):
+        return places
     if targets and torch.is_grad_enabled() and any((*(p.requires_grad for p in lifted), *grad_inputs)):
         _read_from_copies(graph, set(targets.values()))
     explicit_casts(graph)
-    problem = _write_back(graph, targets)
-    if problem is not None:
-        return problem
-    explicit_writes(graph)  # after the mutations, which are told by the names of their nodes
+    _write_back(graph, places)
+    explicit_writes(graph)
     for node in list(graph.graph.nodes):
         if name_of(node) in ("_assert_tensor_metadata",):  # says what the tracer saw; holds by construction
             graph.graph.erase_node(node)
@@ -173,23 +174,35 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0][:300] if text else ""
 
 
-def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None:
+def _mutated(graph: GraphModule, targets: dict[str, str]) -> list[Node] | Rejection:
+    """The placeholders of which the leading extra outputs are the new values, in the order of these.
+
+    targets: name of such an output's node → name of the placeholder.
+    """
+    output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
+    by_name = {n.name: n for n in graph.graph.nodes}
+    places = []
+    for value in output.args[0][: len(targets)]:
+        place = by_name.get(targets.get(getattr(value, "name", ""), ""))
+        if place is None:
+            return Rejection("mutation-unclear", f"the tracer returned the unknown mutation {value}")
+        places.append(place)
+    return places
+
+
+def _write_back(graph: GraphModule, places: Sequence[Node]) -> None:
     """Replace the leading extra outputs by copies into the inputs.
 
     Outputs that were views of a mutated input view it again.
     """
+    if not places:
+        return
     output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
     results = list(output.args[0])
-    extra, results = results[: len(targets)], results[len(targets) :]
-    if not targets:
-        return None
-    by_name = {n.name: n for n in graph.graph.nodes}
+    extra, results = results[: len(places)], results[len(places) :]
     fresh: dict[Node, Node] = {}
     with graph.graph.inserting_before(output):
-        for value in extra:
-            if not isinstance(value, Node) or value.name not in targets or targets[value.name] not in by_name:
-                return Rejection("mutation-unclear", f"the tracer returned the unknown mutation {value}")
-            place = by_name[targets[value.name]]
+        for place, value in zip(places, extra, strict=True):
             graph.graph.call_function(torch.ops.aten.copy_.default, (place, value)).meta["val"] = value_of(place)
             fresh[value] = place
 
@@ -210,7 +223,6 @@ def _write_back(graph: GraphModule, targets: dict[str, str]) -> Rejection | None
 
         results = [(again(r) or r) if isinstance(r, Node) else r for r in results]
     output.args = (tuple(results),)
-    return None
 
 
 def _read_from_copies(graph: GraphModule, names: set[str]) -> None:

@@ -80,9 +80,39 @@ def split_mask(program: Expr, half: bool = False, scale: float = 1.0) -> Masked:
                     return Masked(inner.program, and_(inner.mask, mask), inner.finite or math.isfinite(fill.value))
     if isinstance(program, Op) and program.name == "add":
         left, right = (split_mask(a, half, scale) if _is_additive(a) else Masked(a, TRUE, False) for a in program.args)
-        if left.mask != TRUE or right.mask != TRUE:
+        hidden = (left.mask != TRUE and _may_rise(right.program)) or (right.mask != TRUE and _may_rise(left.program))
+        if (left.mask != TRUE or right.mask != TRUE) and not hidden:
             return Masked(add(left.program, right.program), and_(left.mask, right.mask), left.finite or right.finite)
     return Masked(program, TRUE, False)
+
+
+def _may_rise(program: Expr) -> bool:
+    """Whether a constant may make a value +inf or NaN, beside which an added -inf hides nothing (the row is NaN)."""
+    plus, _, nan = _infinities(program)
+    return plus or nan
+
+
+def _infinities(e: Expr) -> tuple[bool, bool, bool]:
+    """Whether the constants of a program may make it +inf, -inf or NaN, where scores and captured numbers are finite.
+
+    A number near the largest counts as infinite, since any factor may make it so.
+    """
+    if isinstance(e, Const):
+        value = float(e.value)
+        return value >= _NEAR_THE_LARGEST, value <= -_NEAR_THE_LARGEST, math.isnan(value)
+    if not isinstance(e, Op):
+        return False, False, False
+    parts = [_infinities(a) for a in (e.args[1:] if e.name == "where" else e.args)]
+    plus, minus, nan = (any(column) for column in zip(*parts, strict=True))
+    if not (plus or minus or nan) or e.name in ("where", "minimum", "maximum"):
+        return plus, minus, nan
+    if e.name == "add":
+        (p, m, _), (q, n, _) = parts
+        return plus, minus, nan or (p and n) or (m and q)
+    if e.name == "mul" and isinstance(e.args[1], Const) and math.isfinite(e.args[1].value) and e.args[1].value:
+        plus, minus, nan = parts[0]
+        return (plus, minus, nan) if e.args[1].value > 0 else (minus, plus, nan)
+    return True, True, True
 
 
 def unmasked(program: Expr, half: bool = False) -> Masked:

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, track_ten
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from attncomp.passes.nodes import argument
 from attncomp.variant import Rejection
 
 _PURE = frozenset(
@@ -122,6 +123,8 @@ def restore(graph: GraphModule, kept: Sequence[object]) -> None:
 def _impure(body: GraphModule, operator: str) -> str | None:
     """Why a body may change its operands, or return one of them (a view counts); None if it does neither.
 
+    It may write to what it made itself.
+
     What a custom function saves for its backward, and what the mods of flex_attention return, never leaves as it is.
     """
     given: set[Any] = set()
@@ -140,9 +143,22 @@ def _impure(body: GraphModule, operator: str) -> str | None:
             problem = next((p for m in nested if isinstance(m, GraphModule) and (p := _impure(m, inner))), None)
             if problem is not None:
                 return f"{inner} inside: {problem}"
-        elif (written := writes(node)) is not None:
+        elif (written := writes(node)) is not None and not _writes_to_its_own(node, given):
             return written
+        elif node.op == "get_attr" and not isinstance(getattr(body, str(node.target), None), GraphModule):
+            given |= memory(node) or {None}  # None: of unknown memory, so that nothing is known to be another's
     return None
+
+
+def _writes_to_its_own(node: Node, given: set[Any]) -> bool:
+    """Whether a node that writes does so only to memory that the graph around it has allocated; given: all other."""
+    changed = [node.kwargs["out"]] if "out" in node.kwargs else list(node.args[:1])
+    if isinstance(node.target, torch._ops.OpOverload):
+        places = [n for n, a in enumerate(node.target._schema.arguments) if a.is_write]
+        changed = [argument(node, n, node.target._schema.arguments[n].name) for n in places]
+    if node.op == "call_module" or not changed or None in given:
+        return False
+    return all(isinstance(x, Node) and (held := memory(x)) and not held & given for x in changed)
 
 
 def _returned(output: Node, operator: str) -> list[Node]:

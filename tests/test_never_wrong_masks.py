@@ -346,3 +346,17 @@ def test_a_low_fill_for_every_key_of_a_row() -> None:
         return scores.masked_fill(torch.arange(16) < 8, -2e9).softmax(-1) @ v
 
     agree(f, *heads(), some_rows_empty())
+
+
+@pytest.mark.parametrize("fill", [INF, torch.finfo(torch.float32).min])
+def test_a_mask_that_a_learned_scale_turns_around(fill: float) -> None:
+    """-inf times a negative number is +inf, and with -inf added to it the row is NaN; finfo.min may become +inf too."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        hidden = ~causal(q.shape[-2])
+        scores = scores_of(q, k).masked_fill(hidden, fill) * scale
+        added = torch.zeros(hidden.shape).masked_fill(hidden, INF)
+        return (scores + added).softmax(-1) @ v
+
+    for sign in (1.0, -2.0):
+        agree(f, *heads(), torch.full((16,), sign))

@@ -318,3 +318,25 @@ def test_complex_tensors_beside_attention() -> None:
         return scores_of(*rotated).softmax(-1) @ v
 
     assert agree(f, *heads()).verdicts == ["softmax rewritten mask=none"]
+
+
+def test_buffers_that_are_given_each_others_values() -> None:
+    """What autograd saves is copied before the buffers are written, and the copies are no new values of theirs."""
+
+    class Turns(torch.nn.Module):
+        now: torch.Tensor
+        then: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("now", torch.zeros(8))
+            self.register_buffer("then", torch.ones(8))
+            self.project = torch.nn.Linear(8, 8)
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            with torch.no_grad():
+                self.now.copy_(self.then)
+                self.then.add_(1)
+            return scores_of(self.project(q), k).softmax(-1) @ (v * self.now)
+
+    assert agree(Turns(), *heads(), calls=2).verdicts == ["softmax rewritten mask=none"]

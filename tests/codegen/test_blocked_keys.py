@@ -97,6 +97,15 @@ def test_no_other_variant_takes_it(name: str) -> None:
     assert offers == ["blocked_keys"]
 
 
+def test_the_reference_takes_scores_whose_exponentials_overflow() -> None:
+    spec = SPECS["plain"]
+    q, k, v = (t.detach() * 40 for t in made(spec))
+    scores = (q @ k.transpose(-1, -2)) * 8**-0.5
+    assert float(scores.max()) > 1000
+    found = attention_reference(spec, q, k, v, ())
+    torch.testing.assert_close(found, scores.softmax(-2) @ v, rtol=1e-9, atol=1e-9)
+
+
 def test_the_reference_is_a_softmax_over_the_queries() -> None:
     q, k, v = made(SPECS["plain"])
     weights = (q @ k.mT * 8**-0.5).softmax(-2)
