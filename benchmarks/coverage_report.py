@@ -35,6 +35,9 @@ model at two sizes.
 
     PYTHONPATH=. python benchmarks/coverage.py --results sweep.jsonl
     PYTHONPATH=. python benchmarks/coverage.py --results sweep.jsonl --report docs/coverage.md
+
+With `--device cuda` the generated kernels run; a part of the types in the other modes was run so on an H100
+([benchmarks/RESULTS.md](../benchmarks/RESULTS.md#models-of-transformers-on-an-h100-for-correctness)).
 """
 
 

@@ -13,7 +13,7 @@ import torch
 
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.launch import PreparedLaunch
-from attncomp.codegen.prepared import Memo, Output, meta, signature
+from attncomp.codegen.prepared import Memo, Output, meta
 from attncomp.codegen.printer import LONGEST
 from attncomp.codegen.split_kv_source import (
     merge_arguments,
@@ -24,7 +24,13 @@ from attncomp.codegen.split_kv_source import (
     whole_source,
 )
 from attncomp.codegen.split_kv_tiles import MERGE, equal_splits, more_splits
-from attncomp.codegen.tiled_launch import FORWARD_INPUTS, Kernel, PreparedCall, on_one_device
+from attncomp.codegen.tiled_launch import (
+    FORWARD_INPUTS,
+    Kernel,
+    PreparedCall,
+    by_name,
+    run_prepared,
+)
 from attncomp.codegen.tiled_source import Arguments, common_context
 from attncomp.plan import Plan
 from attncomp.variant import Inputs
@@ -45,10 +51,7 @@ class SplitKernels:
 
     def forward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The forward pass over tensors like these (`FORWARD_INPUTS`, then the captured ones)."""
-        named = dict(zip(self._names, tensors, strict=True))
-        if any(t.device != tensors[0].device for t in tensors):  # the launcher is given addresses and can't tell
-            where = ", ".join(f"{name} on {t.device}" for name, t in named.items())
-            raise ValueError(f"attention over tensors of several devices: {where}")
+        named = by_name(self._names, tensors)
         q, k, v = tensors[:3]
         batch, heads, queries, _ = q.shape
         keys, width = k.shape[2], v.shape[3]
@@ -131,10 +134,6 @@ def split_kernels_of(plan: Plan) -> SplitKernels:
 def forward(kernels: SplitKernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, *on_one_device(q, captured)]
-    key, pointers = signature(tensors, sizes)
-    prepared = kernels.forwards.get(key)
-    if prepared is None:
-        prepared = kernels.forwards.keep(key, kernels.forward(tensors, sizes))
-    out, lse, *_ = prepared(tensors, pointers)
+    tensors = [q, k, v, *captured]
+    out, lse, *_ = run_prepared(kernels.forwards, kernels.forward, tensors, sizes)
     return out, lse

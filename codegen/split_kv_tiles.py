@@ -29,8 +29,8 @@ SHORTEST = 2
 MERGE: Tile = {"num_warps": 8, "num_stages": 1}
 """The partial results that a program of the merge holds at once fit the registers of eight warps; no loop is long."""
 _BANDWIDTH = 0.85
-"""The share of the memory bandwidth that the kernel reaches with a full grid: measured on an H100 (benchmarks/decode.py),
-2.8 to 2.9 of 3.35 TB/s."""
+"""The share of the memory bandwidth that the kernel reaches with a full grid: measured on an H100
+(benchmarks/decode.py), 2.8 to 2.9 of 3.35 TB/s."""
 
 
 def packed_rows(request: Request) -> int:

@@ -162,6 +162,33 @@ class PreparedCall:
         return made
 
 
+def run_prepared(
+    memo: Memo[PreparedCall],
+    prepare: Callable[[Sequence[torch.Tensor], Sequence[int]], PreparedCall],
+    tensors: list[torch.Tensor],
+    sizes: Sequence[int],
+) -> list[torch.Tensor]:
+    """Run what `memo` keeps for tensors that lie in memory like these, prepared now if there is nothing yet."""
+    key, pointers = signature(tensors, sizes)
+    call = memo.get(key)
+    if call is None:
+        call = memo.keep(key, prepare(tensors, sizes))
+    return call(tensors, pointers)
+
+
+def by_name(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a call under their names.
+
+    Raises:
+        ValueError: they lie on several devices; the launcher is given addresses and can't tell.
+    """
+    named = dict(zip(names, tensors, strict=True))
+    if any(t.device != tensors[0].device for t in tensors):
+        where = ", ".join(f"{name} on {t.device}" for name, t in named.items())
+        raise ValueError(f"attention over tensors of several devices: {where}")
+    return named
+
+
 class Kernels:
     """Everything that runs for one plan: the kernels of one launcher, or of several of which one writes the results."""
 
@@ -178,7 +205,7 @@ class Kernels:
 
     def forward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The forward pass over tensors like these (`FORWARD_INPUTS`, then the captured ones)."""
-        named = self._named(FORWARD_INPUTS, tensors)
+        named = by_name((*FORWARD_INPUTS, *self.captured), tensors)
         q, k, v = tensors[:3]
         batch, heads, queries, _ = q.shape
         if max(queries, k.shape[2]) > LONGEST:
@@ -194,7 +221,7 @@ class Kernels:
 
     def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The backward pass over tensors like these (`BACKWARD_INPUTS`, then the captured ones)."""
-        named = self._named(BACKWARD_INPUTS, tensors)
+        named = by_name((*BACKWARD_INPUTS, *self.captured), tensors)
         q, k, v = (named[name] for name in FORWARD_INPUTS)
         batch, heads, queries, _ = q.shape
         key_heads, keys = k.shape[1], k.shape[2]
@@ -212,13 +239,6 @@ class Kernels:
         outputs += [Output(t, q.device) for t in rows.values()]
         launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes)]
         return PreparedCall(q.device, outputs, launches)
-
-    def _named(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        named = dict(zip((*names, *self.captured), tensors, strict=True))
-        if any(t.device != tensors[0].device for t in tensors):  # the launcher is given addresses and can't tell
-            where = ", ".join(f"{name} on {t.device}" for name, t in named.items())
-            raise ValueError(f"attention over tensors of several devices: {where}")
-        return named
 
 
 _kernels: dict[int, Kernels] = {}
@@ -240,12 +260,8 @@ def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None
 def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, *on_one_device(q, captured)]
-    key, pointers = signature(tensors, sizes)
-    prepared = kernels.forwards.get(key)
-    if prepared is None:
-        prepared = kernels.forwards.keep(key, kernels.forward(tensors, sizes))
-    out, lse = prepared(tensors, pointers)
+    tensors = [q, k, v, *captured]
+    out, lse = run_prepared(kernels.forwards, kernels.forward, tensors, sizes)
     return out, lse
 
 
@@ -254,22 +270,12 @@ def backward(
 ) -> list[torch.Tensor]:
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, out, grad_out, lse, *on_one_device(q, captured)]
-    key, pointers = signature(tensors, sizes)
-    prepared = kernels.backwards.get(key)
-    if prepared is None:
-        prepared = kernels.backwards.keep(key, kernels.backward(tensors, sizes))
-    dq, dk, dv, *more = prepared(tensors, pointers)
+    tensors = [q, k, v, out, grad_out, lse, *captured]
+    dq, dk, dv, *more = run_prepared(kernels.backwards, kernels.backward, tensors, sizes)
     grads = [dq, _of_one_batch(dk, k), _of_one_batch(dv, v)]
     for name, grad in zip(kernels.learned, more, strict=False):  # rows of the kernels' own follow
         grads.append(grad.to(captured[kernels.captured.index(name)].dtype))
     return grads
-
-
-def on_one_device(q: torch.Tensor, captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    # A number that a model keeps on the CPU may meet CUDA tensors in PyTorch; a kernel needs it on the device.
-    index = q.get_device()
-    return [c if c.get_device() == index else c.to(q.device) for c in captured]
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

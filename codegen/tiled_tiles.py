@@ -170,8 +170,8 @@ def grid_shares(programs: float, hardware: Hardware) -> tuple[float, float]:
 L2_SPEED = 3.0
 """How much faster than memory the L2 is to tiles that read the same keys."""
 _L2_SHARE = 0.67
-"""What a program that has a multiprocessor to itself draws from the L2, in even shares. Both measured on an H100 with one
-query of 32 heads on 8 (benchmarks/decode.py): 32 programs drew 1.3 TB/s, 256 and 2048 programs 7.8 and 8.5."""
+"""What a program that has a multiprocessor to itself draws from the L2, in even shares. Both measured on an H100 with
+one query of 32 heads on 8 (benchmarks/decode.py): 32 programs drew 1.3 TB/s, 256 and 2048 programs 7.8 and 8.5."""
 
 
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
