@@ -82,11 +82,23 @@ def _value(e: Expr, grid: Grid, visit: Any) -> Value:
         return _over_axis(e, e.body, grid, visit).sum(-1)
     if isinstance(e, Op):
         total = e.args[0]
-        if e.name == "log" and isinstance(total, Sum) and isinstance(total.body, Op) and total.body.name == "exp":
+        if e.name == "log" and isinstance(total, Sum) and (exponents := _exponents(total.body)) is not None:
             # Exponentials that leave the range of the type have a logarithm of their sum that does not.
-            return _over_axis(total, total.body.args[0], grid, visit).logsumexp(-1)
+            return _over_axis(total, exponents, grid, visit).logsumexp(-1)
         return _apply(e.name, [visit(a) for a in e.args], [a.kind for a in e.args], grid)
     raise TypeError(type(e).__name__)
+
+
+def _exponents(e: Expr) -> Expr | None:
+    """x for exp(x), also where exponentials and zeros are chosen between; None for anything else."""
+    if e == Const(0.0):
+        return Const(-math.inf)
+    if isinstance(e, Op) and e.name == "exp":
+        return e.args[0]
+    if isinstance(e, Op) and e.name == "where":
+        x, y = _exponents(e.args[1]), _exponents(e.args[2])
+        return None if x is None or y is None else Op("where", (e.args[0], x, y))
+    return None
 
 
 def _over_axis(total: Sum, body: Expr, grid: Grid, visit: Any) -> torch.Tensor:

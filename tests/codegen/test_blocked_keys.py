@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from attncomp.codegen.variants import VARIANTS
 from attncomp.codegen.variants.blocked_keys import BLOCKED_KEYS
-from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Weight, add, ge, mul, op, sub, substitute
+from attncomp.expr import TRUE, Const, Expr, Load, Op, Score, Weight, add, eq, ge, mul, op, sub, substitute, where
 from attncomp.hardware import Hardware, Peak
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
@@ -102,6 +103,11 @@ def test_the_reference_takes_scores_whose_exponentials_overflow() -> None:
     q, k, v = (t.detach() * 40 for t in made(spec))
     scores = (q @ k.transpose(-1, -2)) * 8**-0.5
     assert float(scores.max()) > 1000
+    found = attention_reference(spec, q, k, v, ())
+    torch.testing.assert_close(found, scores.softmax(-2) @ v, rtol=1e-9, atol=1e-9)
+    hidden = eq(I, J)
+    spec = spec_of(where(hidden, Const(-math.inf), mul(Score(), Const(8**-0.5))))
+    scores = scores.masked_fill(torch.eye(5, 23, dtype=torch.bool), -math.inf)
     found = attention_reference(spec, q, k, v, ())
     torch.testing.assert_close(found, scores.softmax(-2) @ v, rtol=1e-9, atol=1e-9)
 
