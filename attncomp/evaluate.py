@@ -90,9 +90,9 @@ def _value(e: Expr, grid: Grid, visit: Any) -> Value:
 
 
 def _exponents(e: Expr) -> Expr | None:
-    """x for exp(x), also where exponentials and zeros are chosen between; None for anything else."""
-    if e == Const(0.0):
-        return Const(-math.inf)
+    """x for exp(x), also where one is chosen beside the exponential of a constant; None for anything else."""
+    if isinstance(e, Const) and e.value >= 0:
+        return Const(math.log(e.value) if e.value else -math.inf)
     if isinstance(e, Op) and e.name == "exp":
         return e.args[0]
     if isinstance(e, Op) and e.name == "where":
