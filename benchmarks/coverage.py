@@ -195,7 +195,7 @@ def child(name: str, modes: list[Mode], part: Path, commit: str, timeout: int, d
         os.dup2(quiet, 2)
         with part.open("a") as file:
             for row in run_modes(name, modes, device):
-                file.write(json.dumps(row | {"commit": commit}) + "\n")
+                file.write(json.dumps(row | {"commit": commit, "torch": torch.__version__}) + "\n")
                 file.flush()
         code = 0
     finally:

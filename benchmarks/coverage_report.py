@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from benchmarks.coverage_models import model_types
 from benchmarks.measure import table
 
@@ -47,9 +45,10 @@ def render(rows: Sequence[Row]) -> str:
     ran = [r for r in rows if r["status"] == "ran"]
     commits = Counter(r["commit"] for r in ran if r.get("commit"))
     where = ", ".join(f"{c} ({n} rows)" for c, n in commits.most_common()) or "unknown"
+    versions = ", ".join(sorted({str(r.get("torch", "2.13.0+cpu")) for r in ran}))
     parts = [
         INTRODUCTION.replace("{place}", PLACES["cuda" if any(r.get("device") == "cuda" for r in rows) else "cpu"]),
-        f"Measured at commit {where}, torch {torch.__version__}, {_transformers()}. {_extent(rows)}\n",
+        f"Measured at commit {where}, torch {versions}, {_transformers()}. {_extent(rows)}\n",
         "## Summary\n",
         _summary(rows, modes),
         "\n## Masks of decoder models\n",
