@@ -212,3 +212,91 @@ def conditions(device: str) -> str:
     command = " ".join(["python", *sys.argv])
     versions = f"torch {torch.__version__}, {triton_version}, Python {python}, attncomp {attncomp.__version__}"
     return f"`{command}` on {where}; {versions}; {time.strftime('%Y-%m-%d')}"
+
+
+class Recorded:
+    """Calls in a CUDA graph: as many as take `span_ms`, `most` at most. `value` is what the first one returned."""
+
+    def __init__(self, call: Callable[[], Any], *, most: int = 10, span_ms: float = 5.0) -> None:
+        start = time.perf_counter()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.value = call()
+            torch.cuda.synchronize()
+            self.first_s = time.perf_counter() - start
+            once = min(_events(call, 1) for _ in range(2))
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.times = max(1, min(most, int(span_ms / max(once, 1e-3))))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(self.times):
+                call()
+        self.ms()
+
+    def ms(self) -> float:
+        """Milliseconds of one call in one replay."""
+        return _events(self._graph.replay, 1) / self.times
+
+
+def replayed(call: Callable[[], Any], device: str, *, runs: int = 10) -> Measured:
+    """The time of a call in a replayed CUDA graph, where the host's time does not count; by the clock on a CPU.
+
+    The call may differentiate.
+    """
+    if device != "cuda":
+        return measure(call, device, runs=runs)
+    try:
+        recorded = Recorded(call)
+        spent = statistics.median(recorded.ms() for _ in range(runs))
+        return Measured(spent, float(torch.cuda.max_memory_allocated()), recorded.first_s, recorded.value)
+    except torch.cuda.OutOfMemoryError:
+        return Measured(failure="out of memory")
+    except Exception as error:  # one competitor's failure must not cost the others' numbers
+        if "out of memory" in str(error):
+            return Measured(failure="out of memory")
+        traceback.print_exc()
+        return Measured(failure=f"{type(error).__name__}")
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], device: str, *, runs: int = 10) -> dict[str, float]:
+    """Milliseconds of each call, replayed from CUDA graphs in turn: a drifting clock is the same for all.
+
+    What fails is left out.
+    """
+    recorded: dict[str, Recorded] = {}
+    on_cpu: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            if device == "cuda":
+                recorded[name] = Recorded(call)
+            else:
+                call()
+                on_cpu[name] = measure(call, device, runs=runs).ms
+        except Exception as error:  # SDPA raises where a library does not take its operands
+            synchronize(device)
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    if device != "cuda":
+        return on_cpu
+    times: dict[str, list[float]] = {name: [] for name in recorded}
+    for _ in range(runs):
+        for name, one in recorded.items():
+            times[name].append(one.ms())
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
+def called(call: Callable[[], Any], device: str, *, runs: int = 5, times: int = 20) -> float:
+    """Milliseconds of one of `times` calls in a row from Python: the device's time or the host's, whichever is more."""
+    if device != "cuda":
+        return measure(call, device, runs=runs).ms
+    call()
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - start) / times * 1e3)
+    return statistics.median(found)
