@@ -1,10 +1,11 @@
 """What attncomp chooses by itself, beside every library called by hand: is any point slower than the best of them?
 
 Plain attention as users call it, at points over head widths, lengths, batches, shared key heads, masks, query lengths
-other than the keys', decoding, and dtypes. attncomp runs with its default policy; `inductor` is ``torch.compile`` of the
-same code; cuDNN, flash, efficient and math are SDPA held to one library, with masks and repeated keys made beforehand.
-On CUDA the calls are replayed from CUDA graphs, the competitors of a point in turn, so that the host's time and a drifting
-clock decide nothing; "called" are calls from Python, the host's time included. ratio: the best other time over attncomp's.
+other than the keys', decoding, and dtypes. attncomp runs with its default policy; `inductor` is ``torch.compile`` of
+the same code; cuDNN, flash, efficient and math are SDPA held to one library, with masks and repeated keys made
+beforehand. On CUDA the calls are replayed from CUDA graphs, the competitors of a point in turn, so that the host's time
+and a drifting clock decide nothing; "called" are calls from Python, the host's time included. ratio: the best other
+time over attncomp's.
 
 Run with ``PYTHONPATH=. python benchmarks/dispatch.py [--points "D128, causal"] [--rows rows.jsonl]``.
 """
@@ -15,9 +16,11 @@ import argparse
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,14 +64,20 @@ class Contest:
         variant = ", ".join(str(s.variant) if s.verdict == "rewritten" else "as written" for s in sites)
         del q, k, v
         m.release(self.device)
-        return lambda: self._measure(compiled) | {"variant": variant, "failures": failures}
+
+        def measure() -> Row:
+            row = self._measure(compiled)
+            m.release(self.device)
+            return row | {"variant": variant, "failures": failures}
+
+        return measure
 
     def _measure(self, compiled: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]) -> Row:
         q, k, v = made(self.point, self.device)
         calls: dict[str, Call] = {}
         for name in NAMES:
             if name in compiled:
-                calls[name] = lambda call=compiled[name]: call(q, k, v)  # type: ignore[misc]
+                calls[name] = partial(compiled[name], q, k, v)
             elif name in LIBRARIES:
                 found = library(name, self.point, q, k, v)
                 if found is not None:
@@ -89,8 +98,6 @@ class Contest:
                 for n, x in times.items()
                 if n == "attncomp" or x == best
             }
-        del calls, own, q, k, v
-        m.release(self.device)
         return {"ms": times, "called": called, "differences": differences}
 
 
@@ -102,7 +109,8 @@ def cells(name: str, row: Row) -> list[str]:
     best = min(others, key=lambda n: others[n], default="-")
     ratio = ratio_of(row)
     shown += [f"{called[n]:.3g}" if n in called else "-" for n in ("attncomp", best)]
-    return [*shown, row.get("variant", row.get("failure", "")), best, "-" if ratio != ratio else f"{ratio:.2f}"]
+    variant = str(row.get("variant", row.get("failure", "")))
+    return [*shown, variant, best, "-" if ratio != ratio else f"{ratio:.2f}"]
 
 
 def ratio_of(row: Row) -> float:
@@ -126,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", default="", help="a regular expression over the points' names")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--workers", type=int, default=14, help="processes that compile; 0: this one")
-    parser.add_argument(
-        "--limit", type=float, default=math.inf, help="begin no wave of compilations after so many seconds"
-    )
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no wave after so many seconds")
     parser.add_argument("--rows", type=Path, help="append each row to this file, as JSON")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check the script")
     args = parser.parse_args(arguments)
@@ -153,9 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
     real = [x for x in ratios if x == x]
     if real:
         below = sum(x < BAR for x in real)
-        m.say(
-            f"{len(real)} points; {below} below {BAR}; least {min(real):.2f}, median {sorted(real)[len(real) // 2]:.2f}"
-        )
+        middle = statistics.median(real)
+        m.say(f"{len(real)} points; {below} below {BAR}; least {min(real):.2f}, median {middle:.2f}")
 
 
 if __name__ == "__main__":

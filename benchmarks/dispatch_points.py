@@ -121,7 +121,8 @@ def attention_of(point: Point) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         scores = q @ k.transpose(-1, -2) * point.width**-0.5
         if point.mask != "full":
             scores = scores.masked_fill(~keep(point, q.device), -math.inf)
-        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        out: Tensor = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        return out
 
     def by_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shared = point.heads != point.kv_heads

@@ -142,7 +142,7 @@ def difference(value: Any, reference: Any) -> float:
     if value is None or reference is None:
         return float("nan")
     pairs = list(zip(value, reference, strict=True)) if isinstance(value, Sequence) else [(value, reference)]
-    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    error = sum(float((a.detach().double() - b.double()).square().sum()) for a, b in pairs)
     return float((error / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5)
 
 

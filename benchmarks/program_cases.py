@@ -1,7 +1,7 @@
 """Score programs and masks, each said twice: as a model's code has it, and as functions for FlexAttention.
 
-`written` makes the whole score matrix, as people write it. The functions take a score and indices, so that on tensors of
-indices and in float64 they are also the reference.
+`written` makes the whole score matrix, as people write it. The functions take a score and indices, so that on tensors
+of indices and in float64 they are also the reference.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _no_mods(sizes: Sizes, extra: Extra) -> tuple[Mod | None, Mod | None]:
 class Program:
     """written(q, k, v, extra, sizes): the output. mods(sizes, extra): (score_mod, mask_mod).
 
-    extra: tensors beside q, k, v. by_head: the dimension of the heads of those that have one. learned: those that need a
-    gradient. sink: the name of one that is the logit of a further column for each head.
+    extra: tensors beside q, k, v. by_head: the dimension of the heads of those that have one. learned: those that need
+    a gradient. sink: the name of one that is the logit of a further column for each head.
     """
 
     name: str
@@ -63,7 +63,8 @@ class Program:
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
-    return q @ repeated(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores: Tensor = q @ repeated(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores
 
 
 def repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def sink_logits(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
 
 def sinks(q: Tensor, k: Tensor, v: Tensor, extra: Extra, sizes: Sizes) -> Tensor:
     scores = scores_of(q, k).masked_fill(~causal(q), -INF)
-    b, h, n, _ = scores.shape
+    b, _, n, _ = scores.shape
     columns = torch.cat([scores, extra["sinks"].reshape(1, -1, 1, 1).expand(b, -1, n, 1)], -1)
     columns = columns - columns.max(-1, keepdim=True).values
     return columns.softmax(-1)[..., :-1].to(q.dtype) @ repeated(v, q)

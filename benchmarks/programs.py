@@ -1,18 +1,18 @@
 """Attention with score programs and masks beside FlexAttention: time, TFLOP/s and errors, forward and training.
 
-attncomp compiles each attention as a model's code has it, with the whole score matrix written out; FlexAttention gets the
-same as ``score_mod`` and block mask. 16 heads, batch 1, bf16; learned vectors and tables float32. TFLOP/s count the pairs
-that the mask allows, in training 3.5 times. Errors are relative to float64, of the output and the worst of the gradients,
-on two heads. On CUDA every call, in training with its backward pass, is recorded into a CUDA graph and the graph replayed.
+attncomp compiles each attention as a model's code has it, with the whole score matrix written out; FlexAttention gets
+the same as ``score_mod`` and block mask. 16 heads, batch 1, bf16; learned vectors and tables float32. TFLOP/s count
+the pairs that the mask allows, in training 3.5 times. Errors are relative to float64, of the output and the worst of
+the gradients, on two heads. On CUDA every call, in training with its backward pass, is recorded into a CUDA graph and
+the graph replayed. Rows come as they are measured, a wave of compilations at a time.
 
 Run with ``PYTHONPATH=. python benchmarks/programs.py [--cases "softcap;ALiBi"] [--lengths 4096] [--widths 64]
-[--phases forward,training] [--heads 32/8] [--rows rows.jsonl]``. Rows come as they are measured, a wave of compilations at a time.
+[--phases forward,training] [--heads 32/8] [--rows rows.jsonl]``.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import statistics
@@ -59,7 +59,13 @@ class Competitor:
         variant = ", ".join(
             f"{s.variant}: {s.mask}" if s.verdict == "rewritten" else f"kept: {s.reason}" for s in sites
         )
-        return lambda: self._measure(call) | ({"variant": variant} if sites else {})
+
+        def measure() -> Row:
+            row = self._measure(call)
+            m.release(self.sizes.device)
+            return row | ({"variant": variant} if sites else {})
+
+        return measure
 
     def _call(self) -> Callable[..., Tensor]:
         program, sizes = BY_NAME[self.program], self.sizes
@@ -69,8 +75,8 @@ class Competitor:
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor]) -> Tensor:
             return program.written(q, k, v, extra, sizes)
 
-        policy = {"version": 1, "defaults": {"min_speedup": 0}}
-        return torch.compile(attend, backend=backend, options={"policy": policy}, dynamic=False)
+        options: dict[str, Any] = m.attncomp_options(always=True, debug=False)
+        return torch.compile(attend, backend=backend, options=options, dynamic=False)
 
     def _tensors(self) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
         return made(BY_NAME[self.program], self.sizes, training=self.training)
@@ -105,11 +111,7 @@ class Competitor:
             else:
                 value = chosen(program, name[1:], value, heads)
             errors[name] = m.difference(value, reference)
-        row = {"ms": result.ms, "tflops": flops / result.ms / 1e9, "errors": errors}
-        del tensors, extra, grad, right, result
-        gc.collect()
-        m.release(self.sizes.device)
-        return row
+        return {"ms": result.ms, "tflops": flops / result.ms / 1e9, "errors": errors}
 
 
 def flex(name: str, sizes: Sizes, *, compiled: bool) -> Callable[..., Tensor]:
@@ -247,15 +249,15 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         phase = "training" if job.training else "forward"
         title = f"{job.program}, D{job.sizes.width}, {job.sizes.n}"
-        shown = [title, *cells(found, job.training)]
-        tables[phase].append(shown)
+        line = [title, *cells(found, job.training)]
+        tables[phase].append(line)
         ratios[phase].append(ratio_of(found))
         failures = "; ".join(f"{name}: {r['failure']}" for name, r in found.items() if "failure" in r)
-        m.say(f"{phase}: | {' | '.join(shown)} | {found['attncomp'].get('variant', '')} {failures}")
+        m.say(f"{phase}: | {' | '.join(line)} | {found['attncomp'].get('variant', '')} {failures}")
         if args.rows:
-            line = {"case": job.program, "phase": phase, **asdict(job.sizes), "dtype": str(asked.dtype), "found": found}
+            kept = {"case": job.program, "phase": phase, **asdict(job.sizes), "dtype": str(asked.dtype), "found": found}
             with args.rows.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(kept) + "\n")
         found = {}
     for phase, table in tables.items():
         each = ("ms", "TFLOP/s", "error", *(("gradients' error",) if phase == "training" else ()))

@@ -7,13 +7,14 @@ process that starts workers must not have touched the device.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 Row = dict[str, Any]
 
@@ -22,6 +23,9 @@ class Job(Protocol):
     """One competitor in one case; must pickle. What `prepare` returns measures, and may be called once."""
 
     def prepare(self) -> Callable[[], Row]: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def failed(error: BaseException) -> Row:
@@ -107,10 +111,8 @@ class Worker:
         theirs.close()
 
     def ask(self, message: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it died: the answer will tell
             self._pipe.send(message)
-        except (BrokenPipeError, OSError):  # the answer will tell
-            pass
 
     def answer(self, until: float) -> Any:
         """None: it died, or took longer than to the time `until`; what it held is lost with it."""
@@ -129,7 +131,7 @@ class Worker:
         self._pipe.close()
 
 
-def measured(waves: Iterable[Sequence[Job]], workers: int, timeout: float = 240.0) -> Iterator[tuple[Job, Row]]:
+def measured(waves: Iterable[Sequence[AnyJob]], workers: int, timeout: float = 240.0) -> Iterator[tuple[AnyJob, Row]]:
     """The row of each job: the jobs of one wave are compiled side by side, then measured in order.
 
     Without workers, everything happens in this process. timeout: seconds for the compilations of a wave, and for a

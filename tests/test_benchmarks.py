@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,14 @@ from benchmarks import (
     coverage_graphs,
     coverage_modes,
     coverage_report,
+    dispatch,
+    dispatch_points,
     linear,
     measure,
     models,
+    program_cases,
+    programs,
+    workers,
     zoo,
 )
 
@@ -103,6 +110,76 @@ def test_decode() -> None:
     found = rows(said)[1:]
     assert [row[0] for row in found] == ["B1 32k", "B8 1k to 32k"]
     assert max(float(row[n]) for row in found for n in (3, 6, 9)) < 1e-5
+
+
+def test_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    programs.main([*TINY, "--cases", "sinks;document", "--heads", "32/8"])
+    found = rows(capsys.readouterr().out)
+    forward, training = ([r for r in found if len(r) == n and r[1] != "attncomp ms"] for n in (8, 10))
+    assert [r[0].split(",")[0] for r in forward] == [r[0].split(",")[0] for r in training] == ["sinks", "document"]
+    assert max(float(r[n]) for r in forward for n in (3, 6)) < 1e-5
+    assert max(float(r[n]) for r in training for n in (3, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("program", program_cases.PROGRAMS, ids=lambda p: p.name)
+def test_references_of_programs(program: program_cases.Program) -> None:
+    """The code that is compiled and the functions for FlexAttention say the same, gradients included."""
+    sizes = program_cases.Sizes(4, 2, 48, 8, "cpu", torch.float32, window=5)
+    tensors, extra, grad = program_cases.made(program, sizes, training=True)
+    q, k, v = tensors
+    out = program.written(q, k, v, extra, sizes)
+    leaves = [*tensors, *(extra[n] for n in program.learned)]
+    gradients = dict(zip(("dq", "dk", "dv", *program.learned), torch.autograd.grad(out, leaves, grad), strict=True))
+    right, heads, kv = program_cases.exact(program, sizes, tensors, extra, grad)
+    assert measure.difference(out[:, heads], right["out"]) < 1e-6
+    for name, at in (("dq", heads), ("dk", kv), ("dv", kv)):
+        assert measure.difference(gradients[name][:, at], right[name]) < 1e-6
+    for name in program.learned:
+        assert measure.difference(program_cases.chosen(program, name, gradients[name], heads), right[f"d{name}"]) < 1e-6
+    assert measure.difference(out[:, heads].flip(-2), right["out"]) > 0.1
+
+
+def test_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
+    dispatch.main([*TINY, "--points", "x (4096|1 on 8192), (16|32/8) heads, D128|window"])
+    said = capsys.readouterr().out
+    assert "0 points" not in said
+    found = [r for r in rows(said) if len(r) == 12]
+    assert all(float(r[1]) > 0 for r in found[1:])
+    differences = [float(x) for x in re.findall(r"difference from math ([^ ]+)", said)]
+    assert len(differences) == len(found) - 1 >= 5
+    assert max(differences) < 1e-5
+
+
+def test_dispatch_points_agree_with_every_library() -> None:
+    """What is called by hand computes the point, and so does the code that is compiled."""
+    points = list(dict.fromkeys(dispatch_points.shrunk(p) for p in dispatch_points.grid()))
+    assert len(list(dispatch_points.grid())) >= 60
+    for point in points:
+        q, k, v = dispatch_points.made(point, "cpu")
+        own = dispatch_points.attention_of(point)(q, k, v)
+        call = dispatch_points.library("math", point, q, k, v)
+        assert call is not None
+        assert measure.difference(call(), own) < 1e-5, point.name
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A job that works, fails, or ends its process while it is measured."""
+
+    what: str
+
+    def prepare(self) -> Callable[[], workers.Row]:
+        if self.what == "fails":
+            raise RuntimeError("planted")
+        return lambda: os._exit(3) if self.what == "dies" else {"ms": 1.0}
+
+
+def test_a_worker_that_dies_costs_its_own_jobs() -> None:
+    wave = [Planted(x) for x in ("works", "dies", "fails", "works")]
+    found = [row for _, row in workers.measured([wave, wave[:1]], 2)]
+    assert found[0] == found[4] == {"ms": 1.0}
+    assert found[1] == found[3] == {"failure": "the process ended, or took too long"}
+    assert found[2] == {"failure": "RuntimeError: planted"}
 
 
 def test_host_time() -> None:
