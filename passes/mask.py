@@ -87,32 +87,50 @@ def split_mask(program: Expr, half: bool = False, scale: float = 1.0) -> Masked:
 
 
 def _may_rise(program: Expr) -> bool:
-    """Whether a constant may make a value +inf or NaN, beside which an added -inf hides nothing (the row is NaN)."""
+    """Whether a value may be +inf or NaN, beside which an added -inf hides nothing (the row is NaN)."""
     plus, _, nan = _infinities(program)
     return plus or nan
 
 
 def _infinities(e: Expr) -> tuple[bool, bool, bool]:
-    """Whether the constants of a program may make it +inf, -inf or NaN, where scores and captured numbers are finite.
+    """Whether a program may be +inf, -inf or NaN, where scores are finite.
 
-    A number near the largest counts as infinite, since any factor may make it so.
+    A constant near the largest counts as infinite, since any factor may make it so. A captured float that is added may
+    hold -inf (a mask), and so may one over queries and keys that is multiplied; other factors, as learned scales and
+    slopes are, count as finite.
     """
     if isinstance(e, Const):
         value = float(e.value)
         return value >= _NEAR_THE_LARGEST, value <= -_NEAR_THE_LARGEST, math.isnan(value)
+    if isinstance(e, Load):
+        return False, e.of == "float" and {"i", "j"} <= axes_of(e), False
     if not isinstance(e, Op):
         return False, False, False
-    parts = [_infinities(a) for a in (e.args[1:] if e.name == "where" else e.args)]
+    args = e.args[1:] if e.name == "where" else e.args
+    parts = [_infinities(a) for a in args]
+    if e.name in ("add", "sub"):
+        masks = [isinstance(a, Load) and a.of == "float" for a in args]
+        parts = [(p, m or mask, n) for mask, (p, m, n) in zip(masks, parts, strict=True)]
     plus, minus, nan = (any(column) for column in zip(*parts, strict=True))
-    if not (plus or minus or nan) or e.name in ("where", "minimum", "maximum"):
+    if not (plus or minus or nan) or e.name in ("where", "minimum", "maximum", "to_float"):
         return plus, minus, nan
-    if e.name == "add":
-        (p, m, _), (q, n, _) = parts
-        return plus, minus, nan or (p and n) or (m and q)
-    if e.name == "mul" and isinstance(e.args[1], Const) and math.isfinite(e.args[1].value) and e.args[1].value:
-        plus, minus, nan = parts[0]
-        return (plus, minus, nan) if e.args[1].value > 0 else (minus, plus, nan)
+    if e.name in ("tanh", "sigmoid", "erf"):
+        return False, False, nan
+    if e.name in ("relu", "exp", "exp2"):
+        return plus, False, nan
+    if e.name in ("add", "sub"):
+        (p, m, _), (q, n, _) = parts if e.name == "add" else (parts[0], _negated(parts[1]))
+        return p or q, m or n, nan or (p and n) or (m and q)
+    if e.name == "neg":
+        return _negated(parts[0])
+    if e.name in ("mul", "div") and isinstance(e.args[1], Const) and math.isfinite(e.args[1].value) and e.args[1].value:
+        return parts[0] if e.args[1].value > 0 else _negated(parts[0])
     return True, True, True
+
+
+def _negated(infinities: tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
+    plus, minus, nan = infinities
+    return minus, plus, nan
 
 
 def unmasked(program: Expr, half: bool = False) -> Masked:

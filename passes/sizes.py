@@ -59,10 +59,12 @@ class Varying:
     key: Expr
 
     def length(self, value: int, axis: str | None = None) -> int:
-        """The number of queries or keys, by default those that tell values apart, at a value of the symbol."""
+        """The number of queries or keys, by default those that tell values apart, at a value of the symbol.
+
+        0 where the model can't run: the length divides by what is 0 there.
+        """
         found = substitute(self.key if (axis or self.axis) == "j" else self.query, {Size(self.symbol): Const(value)})
-        assert isinstance(found, Const)
-        return int(found.value)
+        return int(found.value) if isinstance(found, Const) else 0
 
     def first(self, axis: str, length: int, limit: int) -> int:
         """The least value up to `limit` + 1 for which there are at least `length` queries or keys."""

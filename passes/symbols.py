@@ -6,9 +6,11 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import CeilToInt, FloorDiv, FloorToInt, IntTrueDiv, TruncToInt
 
 from attncomp import polynomial
-from attncomp.expr import Const, Expr, Size, add, floordiv, maximum, minimum, mod, mul
+from attncomp.expr import Const, Expr, Op, Size, add, floordiv, maximum, minimum, mod, mul, sub
 
 
 class NotAnIntegerError(Exception):
@@ -29,10 +31,12 @@ def from_symint(value: Any) -> Expr:
         return Const(value)
     if isinstance(value, torch.SymInt):
         expression, environment = value.node.expr, value.node.shape_env
+        if not expression.is_Symbol and value.node.hint == 1 and statically_known_true(value == 1):
+            return Const(1)  # a product was traced for one block of a length, and a guard says so
         for symbol in expression.free_symbols:
             if not _never_negative(symbol, environment):
                 raise NotAnIntegerError(f"{symbol} may be negative")
-        return _from_sympy(expression)
+        return _from_sympy(_without_true_division(expression, environment))
     raise NotAnIntegerError(f"{value!r} is no integer")
 
 
@@ -42,6 +46,19 @@ def _never_negative(symbol: Any, environment: Any) -> bool:
     values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
     value = values.get(symbol)
     return value is not None and value >= 0 and bool(environment.evaluate_expr(sympy.Ge(symbol, 0)))
+
+
+def _without_true_division(e: Any, environment: Any) -> Any:
+    """Rounded quotients of lengths (``math.ceil(s / 2)``) as floor divisions; exact below 2**53."""
+    known = [g.expr for g in environment.guards]
+    chosen = {}
+    for x in e.atoms(CeilToInt, FloorToInt, TruncToInt):
+        quotient = x.args[0]
+        if isinstance(quotient, IntTrueDiv) and quotient.args[1].is_Integer and quotient.args[1] > 0:
+            n, by = quotient.args
+            exact = not isinstance(x, CeilToInt) or sympy.Eq(by * x, n) in known
+            chosen[x] = FloorDiv(n if exact else n + by - 1, by)
+    return e.xreplace(chosen) if chosen else e
 
 
 def _from_sympy(e: Any) -> Expr:
@@ -77,22 +94,45 @@ def _from_sympy(e: Any) -> Expr:
 
 
 def _exact_quotient(x: Expr, n: Expr) -> Expr | None:
-    """``x / n`` where every term of x has all factors of n: torch writes ``s*s//s`` for sizes of views."""
-    divisor = polynomial.terms(n)
-    if len(divisor) != 1:
+    """``x / n`` where x is n times one term: torch writes ``s*s//s`` for sizes of views, and padded lengths as
+    ``(s - s % 8 + 8) // ((s - s % 8) // 8 + 1)``."""
+    dividend, divisor = (polynomial.terms(_without_mod(e)) for e in (x, n))
+    if len(divisor) > 1:  # dividing one term by the divisor's longest gives the only candidate
+        leading = max(divisor, key=len)
+        for monomial, coefficient in dividend.items():
+            candidate = _divided(monomial, coefficient, leading, divisor[leading])
+            if candidate is not None:
+                quotient = polynomial.build(dict([candidate]))
+                if polynomial.terms(mul(quotient, polynomial.build(divisor))) == dividend:
+                    return quotient
         return None
-    ((factors, times),) = divisor.items()
-    quotient: dict[tuple[Expr, ...], int] = {}
-    for monomial, coefficient in polynomial.terms(x).items():
-        left = list(monomial)
-        for factor in factors:
-            if factor not in left:
-                return None
-            left.remove(factor)
-        if coefficient % times:
+    ((factors, times),) = divisor.items() or [((), 0)]
+    found = [_divided(m, c, factors, times) for m, c in dividend.items()]
+    whole = [q for q in found if q is not None]
+    return polynomial.build(dict(whole)) if len(whole) == len(found) else None
+
+
+_Term = tuple[tuple[Expr, ...], int]
+
+
+def _divided(monomial: tuple[Expr, ...], coefficient: int, factors: tuple[Expr, ...], times: int) -> _Term | None:
+    """One term divided by another, if that leaves no rest."""
+    left = list(monomial)
+    for factor in factors:
+        if factor not in left:
             return None
-        quotient[tuple(left)] = coefficient // times
-    return polynomial.build(quotient)
+        left.remove(factor)
+    return None if times == 0 or coefficient % times else (tuple(left), coefficient // times)
+
+
+def _without_mod(e: Expr) -> Expr:
+    """``x % n`` as ``x - n * (x // n)``, at the top of sums and products."""
+    if isinstance(e, Op) and e.name == "mod":
+        x, n = e.args
+        return sub(x, mul(n, floordiv(x, n)))
+    if isinstance(e, Op) and e.name in ("add", "sub", "mul"):
+        return {"add": add, "sub": sub, "mul": mul}[e.name](*(_without_mod(a) for a in e.args))
+    return e
 
 
 def hint(value: Any) -> int:

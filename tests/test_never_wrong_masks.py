@@ -360,3 +360,18 @@ def test_a_mask_that_a_learned_scale_turns_around(fill: float) -> None:
 
     for sign in (1.0, -2.0):
         agree(f, *heads(), torch.full((16,), sign))
+
+
+@pytest.mark.parametrize("multiplied_first", [False, True])
+def test_a_mask_from_outside_that_a_learned_scale_turns_around(multiplied_first: bool) -> None:
+    """The same, where the graph does not tell what the first mask holds."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        scores, (outside, scale) = scores_of(q, k), given
+        scores = scores + outside * scale if multiplied_first else (scores + outside) * scale
+        added = torch.zeros(outside.shape).masked_fill(~causal(q.shape[-2]), INF)
+        return (scores + added).softmax(-1) @ v
+
+    outside = torch.zeros(16, 16).masked_fill(~causal(16), INF)
+    for sign in (1.0, -2.0):
+        agree(f, *heads(), outside, torch.full((16,), sign))
