@@ -1,30 +1,13 @@
-"""Dropout of the weights of blocks: drawn block by block from one seed, so that the backward pass draws the same again.
-
-The seed is a tensor that torch's own generator makes in the graph: `torch.manual_seed` decides it, as it decides the
-numbers of ``F.dropout``, and every call has another. The numbers differ from eager's, their distribution does not.
-"""
+"""Dropout of the weights of blocks, drawn block by block from one seed: the backward pass draws the same again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from attncomp.codegen.blocks import Box, Site
-from attncomp.plan import Plan
-from attncomp.spec import TensorInfo
-
-SEED = "dropout_seed"
-_SEEDS = 1 << 62
-
-
-def seeded(plan: Plan, captured: Sequence[torch.Tensor], device: torch.device) -> tuple[Plan, list[torch.Tensor]]:
-    """The plan that also takes a seed, and the captured tensors with one."""
-    spec = plan.spec
-    with_seed = replace(spec, tensors=(*spec.tensors, TensorInfo(SEED, (), "int64")))
-    seed = torch.randint(0, _SEEDS, (), dtype=torch.int64, device=device)
-    return replace(plan, spec=with_seed), [*captured, seed]
+from attncomp.codegen.dropout import SEED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attncomp.codegen.data_bounds import bound_texts, data_bounds
+from attncomp.codegen.dropout import SEED
 from attncomp.codegen.printer import Level, Printer, stride_argument, symbol_argument
 from attncomp.codegen.render import render
 from attncomp.expr import (
@@ -182,6 +183,7 @@ def arguments_of(
     spec = plan.spec
     read = {load.tensor for e in kernel_expressions(plan) for load in loads_of(e)}
     captured = tuple(t for t in spec.captured if t.name in read)
+    drops = (SEED,) if dropped_below(spec) else ()
     by_descriptor = tuple(t for t in own if descriptors and t in DESCRIBED)
     described = tuple(
         Described(f"{t}{part.n}", t, "block_m" if _AXES_OF[t][2] == "i" else "block_n", part.width)
@@ -193,7 +195,7 @@ def arguments_of(
         (t.name, n, stride_argument(t.name, n)) for t in captured for n, size in enumerate(t.shape) if size != Const(1)
     ]
     lengths = tuple(name for name, axis in (("TQ", "i"), ("TK", "j")) if not isinstance(spec.size(axis), Const))
-    tensors = (*(t for t in own if t not in by_descriptor), *(t.name for t in captured))
+    tensors = (*(t for t in own if t not in by_descriptor), *(t.name for t in captured), *drops)
     if "when" in plan.params:
         tensors = (*tensors, HOLDS)
     return Arguments(described, tensors, tuple(strides), (*lengths, *more), tuple(range(len(spec.symbols))))
@@ -323,9 +325,16 @@ def common_context(plan: Plan) -> dict[str, Any]:
         "eps": repr(float(spec.normaliser.eps)),
         "precision": plan.params["precision"],
         "upcast": plan.params["upcast"],
+        "dropped": dropped_below(spec),
+        "share": 1.0 - spec.dropout,
         "when": plan.params.get("when"),
         "holds": HOLDS,
     }
+
+
+def dropped_below(spec: AttentionSpec) -> int:
+    """The weights whose 32 random bits are below this number are dropped; 0 without dropout."""
+    return round(spec.dropout * 2**32)
 
 
 def program_context(exponent: Exponent) -> dict[str, Any]:

@@ -215,10 +215,16 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     return work
 
 
+_DROPOUT = 3
+"""The hash that drops a weight, in special functions: twelve integer operations, of which four take the time of
+one. A prior estimate, to be calibrated."""
+
+
 def special_functions(spec: AttentionSpec) -> int:
     """Exponentials and the like for each pair, that of the softmax among them."""
     special = sum(_SPECIAL.get(n.name, 0) for n in walk(spec.program) if isinstance(n, Op) and _in_loop(n))
     special += spec.normaliser.kind == "softmax"
+    special += _DROPOUT if spec.dropout > 0 else 0
     return special + sum(isinstance(n, Load) and _from_table(n) for n in walk(spec.program))
 
 

@@ -235,7 +235,8 @@ def test_two_devices_by_turns() -> None:
         assert off(found, softcap(*wide(given))) < 1e-2
 
 
-def test_dropout_drops_the_share_it_should() -> None:
+@pytest.mark.parametrize("policy", [{"policy": ALWAYS}, only("tiled")], ids=["cheapest", "tiled"])
+def test_dropout_drops_the_share_it_should(policy: Any) -> None:
     """Each call draws anew, a seed repeats, and the mean over draws is the attention without dropout."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -244,7 +245,7 @@ def test_dropout_drops_the_share_it_should() -> None:
 
     q, k = (torch.randn(1, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     v = torch.ones_like(q)
-    compiled = torch.compile(attend, backend="attncomp", options={"policy": ALWAYS}, dynamic=False)
+    compiled = torch.compile(attend, backend="attncomp", options=policy, dynamic=False)
     torch.manual_seed(1)
     first = compiled(q, k, v)
     second = compiled(q, k, v)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 import torch
 
-from attncomp.codegen.block_dropout import Drops, seeded
+from attncomp.codegen.block_dropout import Drops
 from attncomp.codegen.block_operands import Operands, operands
 from attncomp.codegen.block_weights import restricted, weights
 from attncomp.codegen.blocks import Box, Site, add_to_load, block_rows, boxes, key_range
+from attncomp.codegen.dropout import seeded
 from attncomp.codegen.materialise import extents
 from attncomp.cost import Work
 from attncomp.derivative import derivative

@@ -90,6 +90,10 @@ def _rejected(request: Request) -> Rejection | None:
         return Rejection(
             "not-softmax", f"parts are merged by their log-sum-exp; the normaliser is {spec.normaliser.kind!r}"
         )
+    if spec.dropout > 0:
+        return Rejection(
+            "dropout", f"weights are dropped with probability {spec.dropout:g}; the parts' kernel drops none"
+        )
     if spec.training:
         return Rejection("training", "the kernel has no backward pass")
     if request.hints["i"] > MOST_QUERIES:

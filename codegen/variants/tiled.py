@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attncomp.codegen.compile import has_triton, interprets
+from attncomp.codegen.dropout import seeded, with_seed
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.tabulate import table_tensors, tabulate
@@ -21,7 +22,7 @@ from attncomp.codegen.tiled_backward_source import (
     score_derivative,
 )
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
-from attncomp.codegen.tiled_source import forward_source
+from attncomp.codegen.tiled_source import dropped_below, forward_source
 from attncomp.codegen.tiled_tiles import has_descriptors, tile_parameters, tiled_work
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
@@ -65,7 +66,7 @@ class Tiled:
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
         try:
-            plan = Plan(request.spec, request.proof, self.name, params)
+            plan = _dropping(Plan(request.spec, request.proof, self.name, params))
             forward_source(plan)
             if request.spec.training:
                 backward_source(plan)
@@ -76,7 +77,7 @@ class Tiled:
     # -- running -----------------------------------------------------------------------------------------------------
 
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
-        return attention(*with_tables(plan, inputs))
+        return attention(*with_seeds(*with_tables(plan, inputs)))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(kernels_of(plan), inputs)
@@ -102,6 +103,18 @@ def with_tables(plan: Plan, inputs: Inputs) -> tuple[Plan, Inputs]:
     return replace(plan, spec=found.spec), inputs._replace(captured=captured, sizes=sizes)
 
 
+def with_seeds(plan: Plan, inputs: Inputs) -> tuple[Plan, Inputs]:
+    """The plan that the operator runs, and its inputs: under dropout, with a seed."""
+    if plan.spec.dropout == 0:
+        return plan, inputs
+    plan, captured = seeded(plan, inputs.captured, inputs.q.device)
+    return plan, inputs._replace(captured=captured)
+
+
+def _dropping(plan: Plan) -> Plan:
+    return with_seed(plan) if plan.spec.dropout > 0 else plan
+
+
 def rejected_device(request: Request) -> Rejection | None:
     """Why generated Triton kernels do not run where the site is; None if they do."""
     if not has_triton():
@@ -118,9 +131,9 @@ def rejected_device(request: Request) -> Rejection | None:
 
 def rejected_form(spec: AttentionSpec) -> Rejection | None:
     """Why an attention is no sweep over keys that are read plainly; None if it is."""
-    if spec.dropout > 0:
+    if spec.dropout > 0 and (spec.normaliser.kind != "softmax" or dropped_below(spec) >= 2**32):
         return Rejection(
-            "dropout", f"weights are dropped with probability {spec.dropout:g}; the kernel draws no random numbers"
+            "dropout", f"{spec.dropout:g} of the weights are dropped: the kernels do that to a softmax, and not to all"
         )
     if spec.transition is not None:
         return Rejection("recurrence", "a carried state with a transition is not a sum over keys")

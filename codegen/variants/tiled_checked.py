@@ -16,7 +16,7 @@ from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import HOLDS
-from attncomp.codegen.variants.tiled import TILED, with_tables
+from attncomp.codegen.variants.tiled import TILED, with_seeds, with_tables
 from attncomp.cost import Work
 from attncomp.plan import Plan
 from attncomp.spec import TensorInfo
@@ -56,7 +56,7 @@ class TiledChecked:
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         (case,) = plan.proof.cases
         holds = case_holds(case, score_grid(plan, inputs, torch.float32))
-        plan, inputs = with_tables(plan, inputs)
+        plan, inputs = with_seeds(*with_tables(plan, inputs))
         spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo(HOLDS, (), "bool")))
         return attention(replace(plan, spec=spec), inputs._replace(captured=[*inputs.captured, holds]))
 

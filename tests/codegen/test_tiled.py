@@ -27,7 +27,7 @@ from attncomp.expr import ONE, ZERO, Const, Load, Op, Score, Size, Sum, add, le,
 from attncomp.hardware import A100_80GB, H100_SXM, L4
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
-from attncomp.spec import AttentionSpec, H, I, J, TensorInfo, plain_spec
+from attncomp.spec import AttentionSpec, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.variant import Offer, Rejection, Request
 from tests.codegen.tiled_cases import CASES
 from tests.codegen.tiled_runs import (
@@ -39,6 +39,7 @@ from tests.codegen.tiled_runs import (
     plan_of,
     request_of,
     small_tiles,
+    stays,
     with_dtype,
 )
 
@@ -67,6 +68,9 @@ _QUICK = {
     "sum",
     "symbolic",
     "proven_image",
+    "dropout_softcap",
+    "dropout_distance_table_learned",
+    "dropout_sink",
 }
 _TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 
@@ -85,6 +89,23 @@ def test_forward_and_gradients_match_the_reference(name: str, interpreter: Calla
     assert {k: v for k, v in found.items() if not v <= tolerance[k]} == {}
     learned = 0 if case.forward_only else 3 + sum(t.requires_grad for t in case.spec.captured)
     assert len(found) == 1 + learned
+
+
+def test_dropout_is_even() -> None:
+    """The share that stays, by row, by column and by head; and neighbours do not know of each other."""
+    kept = stays(0x1234567_89ABCDEF, (2, 3, 512, 640), 0.3).double()
+    spread = (0.3 * 0.7) ** 0.5
+    for over in ((0, 1, 2, 3), (3,), (2,), (2, 3)):
+        means = kept.mean(over)
+        assert float((means - 0.7).abs().max()) < 5 * spread * (means.numel() / kept.numel()) ** 0.5
+    centred = (kept - 0.7) / spread
+    for axis, size in enumerate(kept.shape):
+        for by in {1, 2, 16, 64} & set(range(size)):
+            both = centred.narrow(axis, by, size - by) * centred.narrow(axis, 0, size - by)
+            assert abs(float(both.mean())) < 5 * both.numel() ** -0.5
+    # Four corners of a rectangle, whose keys add up to the same.
+    corners = centred[..., :-1, :-1] * centred[..., 1:, :-1] * centred[..., :-1, 1:] * centred[..., 1:, 1:]
+    assert abs(float(corners.mean())) < 5 * corners.numel() ** -0.5
 
 
 def test_tables_of_distances_match_the_reference_with_gradients(
@@ -253,7 +274,8 @@ def test_rejections_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     base: dict[str, Any] = {"batch": 1, "heads": 1, "query": 16, "key": 16, "width": 16}
     spec = plain_spec(**base)
     assert _rejected(spec, "cpu") == "device"
-    assert _rejected(spec, dropout=0.1) == "dropout"
+    assert _rejected(spec, dropout=1.0) == "dropout"
+    assert _rejected(spec, dropout=0.1, normaliser=Normaliser("none")) == "dropout"
     assert _rejected(spec, weight=op("mul", spec.weight, Const(2.0))) == "weight-program"
     assert _rejected(spec, score=mul(Const(2.0), spec.score)) == "access"
     assert _rejected(spec, program=Sum("d", Const(4), Score())) == "inner-sum"

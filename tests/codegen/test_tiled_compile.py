@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attncomp.codegen.compile import cross_compile, has_triton, interprets, signature_of
+from attncomp.codegen.dropout import with_seed
 from attncomp.codegen.tiled_backward_source import backward_arguments, backward_source
 from attncomp.codegen.tiled_source import Arguments, forward_arguments, forward_source
 from attncomp.codegen.variants.tiled import TILED
@@ -72,7 +73,8 @@ def _long(case_name: str, dtype: str, width: int, training: bool) -> AttentionSp
         plain_spec(
             batch=2, heads=2, query=4096, key=4096, width=width, dtype=dtype, program=case.spec.program,
             mask=case.spec.mask, normaliser=case.spec.normaliser, captured=shapes, training=training,
-        )
+        ),
+        dropout=case.spec.dropout,
     )  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def _instances() -> list[Any]:
                 )
                 marks = () if quick else pytest.mark.slow
                 found.append(pytest.param(capability, dtype, width, "causal", marks=marks))
-        for name in ("alibi_learned", "dense_bias_shared", "sink", "gate_learned"):
+        for name in ("alibi_learned", "dense_bias_shared", "sink", "gate_learned", "dropout_softcap"):
             found.append(pytest.param(capability, "bfloat16", 64, name, marks=pytest.mark.slow))
     return found
 
@@ -104,7 +106,8 @@ def test_compiles_within_shared_memory(capability: int, dtype: str, width: int, 
     hints = dict(zip("bhijde", (2, 2, 4096, 4096, width, width), strict=True))
     offer = TILED.accept(Request(spec, proof, "cuda", hardware, hints))
     assert isinstance(offer, Offer), str(offer)
-    compiled = compile_all(Plan(spec, proof, "tiled", offer.params), capability)
+    plan = Plan(spec, proof, "tiled", offer.params)
+    compiled = compile_all(with_seed(plan) if spec.dropout > 0 else plan, capability)
     assert {"forward", "keys", "queries"} <= set(compiled)
     used = {kernel: built.metadata.shared for kernel, built in compiled.items()}
     assert {k: v for k, v in used.items() if v > _SHARED[capability]} == {}

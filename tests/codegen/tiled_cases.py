@@ -299,6 +299,17 @@ def _build() -> tuple[Case, ...]:
     cases.append(
         Case("symbolic", symbolic, _causal(symbolic), lengths=order, sizes=tuple(order[s] for s in symbolic.symbols))
     )
+    for name in (
+        "plain",
+        "grouped_heads",
+        "softcap",
+        "dense_bias_shared",
+        "distance_table_learned",
+        "sink",
+        "symbolic",
+    ):
+        found = next(c for c in cases if c.name == name)
+        cases.append(replace(found, name=f"dropout_{name}", spec=replace(found.spec, dropout=0.3)))
     return tuple(cases)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from attncomp.codegen.dropout import seeded
 from attncomp.codegen.variants.tiled import Tiled
-from attncomp.expr import Const
+from attncomp.expr import Const, Load, Weight, mul
 from attncomp.hardware import H100_SXM, Hardware
 from attncomp.plan import Plan
 from attncomp.reference import attention_reference
-from attncomp.spec import AXES
+from attncomp.spec import AXES, AttentionSpec, B, H, I, J, TensorInfo
 from attncomp.variant import Inputs, Offer, Rejection, Request
 from tests.codegen.tiled_cases import CASES, Case
 
@@ -73,7 +74,12 @@ def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
         (x.double() if x.is_floating_point() else x).detach().clone().requires_grad_(learn)
         for x, learn in zip(inputs, learns, strict=True)
     ]
-    expected = attention_reference(case.spec, wanted[0], wanted[1], wanted[2], wanted[3:], case.sizes)
+    spec = case.spec
+    factors: list[torch.Tensor] = []
+    if spec.dropout > 0:
+        plan, captured = seeded(plan, captured, q.device)
+        spec, factors = with_factors(spec, captured[-1], (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    expected = attention_reference(spec, wanted[0], wanted[1], wanted[2], [*wanted[3:], *factors], case.sizes)
     variant = Tiled()
     out, lse = variant.forward(plan, Inputs(q, k, v, captured, case.sizes))
     assert out.shape == expected.shape
@@ -92,6 +98,33 @@ def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
             assert mine.is_contiguous()
             pairs[f"d{name}"] = (mine, right)
     return {name: relative_error(mine, right) for name, (mine, right) in pairs.items()}
+
+
+def with_factors(
+    spec: AttentionSpec, seed: torch.Tensor, shape: tuple[int, int, int, int]
+) -> tuple[AttentionSpec, list[torch.Tensor]]:
+    """The spec without dropout that multiplies its weights by a tensor instead, and that tensor."""
+    factors = stays(int(seed), shape, spec.dropout).double().to(seed.device) / (1 - spec.dropout)
+    info = TensorInfo("factors", tuple(Const(n) for n in shape), "float64")
+    weight = mul(Weight(), Load("factors", (B, H, I, J)))
+    return dataclasses.replace(spec, dropout=0.0, weight=weight, tensors=(*spec.tensors, info)), [factors]
+
+
+def stays(seed: int, shape: tuple[int, int, int, int], dropout: float) -> torch.Tensor:
+    """Which weights (B, H, I, J) the kernels keep, by the same hash in torch's integers."""
+    word = 0xFFFFFFFF
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & word
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & word
+        return x ^ (x >> 16)
+
+    batch, heads, queries, keys = shape
+    low, high = seed & word, seed >> 32
+    head = mixed(torch.arange(batch * heads) ^ low).view(batch, heads, 1, 1)
+    row = head ^ mixed((torch.arange(queries) + high) & word)[:, None]
+    column = mixed(torch.arange(keys) ^ high)
+    return mixed((row + column) & word) >= round(dropout * 2**32)
 
 
 def relative_error(mine: torch.Tensor, right: torch.Tensor) -> float:
