@@ -111,7 +111,8 @@ def joined(reader: Reader, parts: Sequence[Part], width: str, before: Node) -> R
         for a in p.read[1]:
             names.update(dict.fromkeys(sorted(axes_of(a))))
     batch = [n for n in names if n not in ("j", width)]
-    nodes = [_aligned(reader, p, [*batch, "j", width], before) for p in ordered]
+    reads = [p.read for p in ordered]
+    nodes = [_aligned(reader, p, [*batch, "j", width], reads, before) for p in ordered]
     if any(n is None for n in nodes):
         return None
     made = _call(before, aten.cat.default, [n for n in nodes if n is not None], len(batch))
@@ -120,8 +121,8 @@ def joined(reader: Reader, parts: Sequence[Part], width: str, before: Node) -> R
     return made, tuple(Axis(n) for n in (*batch, "j", width))
 
 
-def _aligned(reader: Reader, part: Part, names: Sequence[str], before: Node) -> Node | None:
-    """The part with one dimension for each of `names`, those that it lacks expanded."""
+def _aligned(reader: Reader, part: Part, names: Sequence[str], reads: Sequence[Read], before: Node) -> Node | None:
+    """The part with one dimension for each of `names`, those that it lacks expanded. reads: those of all parts."""
     node, index = part.read
     at: dict[str, int] = {}
     for dim, a in enumerate(index):
@@ -141,18 +142,28 @@ def _aligned(reader: Reader, part: Part, names: Sequence[str], before: Node) -> 
     present = [n for n in names if n in at]
     if made is not None:
         made = _call(before, aten.permute.default, made, [kept.index(at[n]) for n in present])
-    sizes: list[int] = []
+    sizes: list[int | Node] = []
     for position, n in enumerate(names):
         if n in at:
             sizes.append(-1)
             continue
-        size = polynomial.constant(part.size if n == "j" else reader.extents[n])
+        known = polynomial.constant(part.size if n == "j" else reader.extents[n])
+        size = known if known is not None else _length_of(reader, n, reads, before)
         if size is None:
             return None
         sizes.append(size)
         if made is not None:
             made = _call(before, aten.unsqueeze.default, made, position)
     return None if made is None else _call(before, aten.expand.default, made, sizes)
+
+
+def _length_of(reader: Reader, name: str, reads: Sequence[Read], before: Node) -> Node | None:
+    """A length that only the run knows, as the size of a part that has a dimension for it."""
+    for node, index in reads:
+        for dim, a in enumerate(index):
+            if a == Axis(name) and polynomial.equal(shape_of(node)[dim], reader.extents[name]):
+                return _call(before, aten.sym_size.int, node, dim)
+    return None
 
 
 def _call(before: Node, target: Any, *args: Any) -> Node | None:
