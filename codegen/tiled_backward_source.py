@@ -458,6 +458,12 @@ def _table_dimension(spec: AttentionSpec, x: Learned) -> int | None:
     return varying[0] if isinstance(size, Const) and int(size.value) <= _ENTRIES else None
 
 
+def added_tensors(spec: AttentionSpec) -> frozenset[str]:
+    """The learned tensors to whose gradients several programs add, in an order that differs from run to run."""
+    stored = {x.load.tensor for x in pair_kernels(spec) if stores_pairs(spec, x.load)}
+    return frozenset(learned_tensors(spec)) - stored
+
+
 def pair_kernels(spec: AttentionSpec) -> tuple[Learned, ...]:
     """The learned reads that have a kernel ``pairs_n`` of their own, in order."""
     return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair)

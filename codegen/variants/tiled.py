@@ -17,6 +17,7 @@ from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.tabulate import table_tensors, tabulate
 from attncomp.codegen.tiled_backward_source import (
     NoDerivativeError,
+    added_tensors,
     backward_source,
     learned_reads,
     score_derivative,
@@ -181,4 +182,10 @@ def _learned(spec: AttentionSpec) -> Rejection | None:
             learned_reads(spec, e, "p")
     except NoDerivativeError as error:
         return Rejection("no-derivative", f"there is no rule for the derivative of {error}")
+    unordered = sorted(added_tensors(spec)) if torch.are_deterministic_algorithms_enabled() else []
+    if unordered:
+        added = ", ".join(unordered)
+        return Rejection(
+            "deterministic", f"gradients of {added} are added up in no fixed order (torch.use_deterministic_algorithms)"
+        )
     return None

@@ -286,6 +286,16 @@ def test_rejections_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _rejected(spec, program=Op("pow", (Const(2), J))) == "unprintable"
 
 
+def test_sums_in_no_fixed_order_are_left_to_others_where_the_user_wants_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("causal", "dense_bias_shared", "dense_bias", "alibi_learned", "distance_table_learned", "sink")
+    assert [isinstance(TILED.accept(request_of(find(n), "cuda")), Offer) for n in names] == [True] * 6
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    found = {n: TILED.accept(request_of(find(n), "cuda")) for n in names}
+    assert {n: x.code for n, x in found.items() if isinstance(x, Rejection)} == dict.fromkeys(
+        ("alibi_learned", "distance_table_learned", "sink"), "deterministic"
+    )
+
+
 def test_old_gpus_are_rejected() -> None:
     spec = plain_spec(batch=1, heads=1, query=16, key=16, width=16)
     proof = MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i"))
