@@ -31,6 +31,7 @@ class Sizes:
     width: int
     device: str
     dtype: torch.dtype
+    batch: int = 1
     window: int = 1024
     """Windows are once and four times as long, chunks twice: smaller where a check runs at small sizes."""
 
@@ -48,7 +49,8 @@ class Program:
     """written(q, k, v, extra, sizes): the output. mods(sizes, extra): (score_mod, mask_mod).
 
     extra: tensors beside q, k, v. by_head: the dimension of the heads of those that have one. learned: those that need
-    a gradient. sink: the name of one that is the logit of a further column for each head.
+    a gradient. sink: the name of one that is the logit of a further column for each head. lengths: of the sequences
+    that are packed or padded; both_ways: their tokens see what comes after them.
     """
 
     name: str
@@ -58,6 +60,9 @@ class Program:
     by_head: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] = ()
     sink: str | None = None
+    lengths: Callable[[Sizes, Extra], Tensor] | None = None
+    both_ways: bool = False
+    batch: int = 1
     longest: int = 1 << 20
     least: int = 0
 
@@ -209,9 +214,9 @@ def fox_mods(sizes: Sizes, extra: Extra) -> tuple[Mod, Mod]:
 # Packed documents.
 
 
-def documents(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+def documents(sizes: Sizes, generator: torch.Generator, *, mean: int = DOCUMENT) -> dict[str, Tensor]:
     """(1, n) ids; lengths between a quarter of the average and 1.75 of it."""
-    mean = min(DOCUMENT, sizes.n // 4)
+    mean = min(mean, sizes.n // 4)
     draw = torch.Generator().manual_seed(sizes.n)  # the same on every device
     lengths = torch.randint(mean // 4, 2 * mean - mean // 4, (8 * sizes.n // mean + 8,), generator=draw)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None, : sizes.n].contiguous()
@@ -227,6 +232,42 @@ def document(q: Tensor, k: Tensor, v: Tensor, extra: Extra, sizes: Sizes) -> Ten
 def document_mods(sizes: Sizes, extra: Extra) -> tuple[None, Mod]:
     ids = extra["ids"]
     return None, lambda b, h, i, j: (ids[b, i] == ids[b, j]) & (i >= j)
+
+
+def document_lengths(sizes: Sizes, extra: Extra) -> Tensor:
+    return torch.unique_consecutive(extra["ids"][0], return_counts=True)[1]
+
+
+# Batches of sequences of unlike lengths, padded to the longest.
+
+
+def padded_lengths(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+    """Lengths between an eighth of the longest and all of it, in no order; which places hold a token, (batch, n)."""
+    lengths = torch.linspace(sizes.n / 8, sizes.n, sizes.batch).long()
+    lengths = lengths[torch.randperm(sizes.batch, generator=torch.Generator().manual_seed(0))]
+    return {"real": (torch.arange(sizes.n) < lengths[:, None]).to(sizes.device)}
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, extra: Extra, sizes: Sizes) -> Tensor:
+    return attended(scores_of(q, k), q, v, extra["real"][:, None, None, :])
+
+
+def padded_mods(sizes: Sizes, extra: Extra) -> tuple[None, Mod]:
+    real = extra["real"]
+    return None, lambda b, h, i, j: real[b, j]
+
+
+def padded_causal(q: Tensor, k: Tensor, v: Tensor, extra: Extra, sizes: Sizes) -> Tensor:
+    return attended(scores_of(q, k), q, v, extra["real"][:, None, None, :] & causal(q))
+
+
+def padded_causal_mods(sizes: Sizes, extra: Extra) -> tuple[None, Mod]:
+    real = extra["real"]
+    return None, lambda b, h, i, j: real[b, j] & (i >= j)
+
+
+def real_lengths(sizes: Sizes, extra: Extra) -> Tensor:
+    return extra["real"].sum(1)
 
 
 # A prefix that all positions see, its length in data.
@@ -289,7 +330,30 @@ PROGRAMS = (
     Program("window 4096", partial(window, factor=4), partial(window_mods, factor=4), least=8192),
     Program("causal", lambda q, k, v, extra, sizes: attended(scores_of(q, k), q, v, causal(q)), causal_mods),
 )
-BY_NAME: Mapping[str, Program] = {p.name: p for p in PROGRAMS}
+VARIABLE = (
+    *(
+        Program(
+            f"documents of {mean}",
+            document,
+            document_mods,
+            partial(documents, mean=mean),
+            lengths=document_lengths,
+            least=8192,
+        )
+        for mean in (512, 2048, 8192)
+    ),
+    Program("padded", padded, padded_mods, padded_lengths, lengths=real_lengths, both_ways=True, batch=8, longest=8192),
+    Program(
+        "padded, causal",
+        padded_causal,
+        padded_causal_mods,
+        padded_lengths,
+        lengths=real_lengths,
+        batch=8,
+        longest=8192,
+    ),
+)
+BY_NAME: Mapping[str, Program] = {p.name: p for p in (*PROGRAMS, *VARIABLE)}
 
 
 def made(program: Program, sizes: Sizes, *, training: bool) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
@@ -297,7 +361,7 @@ def made(program: Program, sizes: Sizes, *, training: bool) -> tuple[list[Tensor
     generator = torch.Generator(sizes.device).manual_seed(sizes.n + sizes.width)
 
     def normal(heads: int) -> Tensor:
-        shape = (1, heads, sizes.n, sizes.width)
+        shape = (sizes.batch, heads, sizes.n, sizes.width)
         return torch.randn(shape, generator=generator, device=sizes.device).to(sizes.dtype)
 
     q, k, v, grad = normal(sizes.heads), normal(sizes.kv_heads), normal(sizes.kv_heads), normal(sizes.heads)
@@ -327,22 +391,22 @@ def exact(
             x.requires_grad_()
     q, k, v = (leaves[n] for n in "qkv")
     sums = {n: torch.zeros_like(x) for n, x in leaves.items()} if training else {}
+    b = torch.arange(sizes.batch, device=q.device)[:, None, None, None]
     h = torch.arange(len(heads), device=q.device)[None, :, None, None]
     j = torch.arange(sizes.n, device=q.device)[None, None, None, :]
     outs = []
-    rows = max(1, ROWS // sizes.n)
+    rows = max(1, ROWS // sizes.n // sizes.batch)
     for first in range(0, sizes.n, rows):
         i = torch.arange(first, min(first + rows, sizes.n), device=q.device)[None, None, :, None]
-        zero = torch.zeros_like(i)
         with torch.set_grad_enabled(training):
             score_mod, mask_mod = program.mods(sizes, wide)
             s = scores_of(q[:, :, first : first + rows], k)
             if score_mod is not None:
-                s = score_mod(s, zero, h, i, j)
+                s = score_mod(s, b, h, i, j)
             if mask_mod is not None:
-                s = s.masked_fill(~mask_mod(zero, h, i, j), -INF)
+                s = s.masked_fill(~mask_mod(b, h, i, j), -INF)
             if program.sink is not None:
-                logit = wide[program.sink][None, :, None, None].expand(-1, -1, s.shape[2], 1)
+                logit = wide[program.sink][None, :, None, None].expand(s.shape[0], -1, s.shape[2], 1)
                 s = torch.cat([s, logit], -1)
             out = s.softmax(-1)[..., : sizes.n] @ repeated(v, q)
         outs.append(out.detach())
@@ -364,15 +428,16 @@ def chosen(program: Program, name: str, x: Tensor, heads: list[int]) -> Tensor:
 
 
 def pairs(program: Program, sizes: Sizes, extra: Extra) -> float:
-    """Query-key pairs of one head that the mask allows."""
+    """Query-key pairs of one head that the mask allows, in all sequences."""
     _, mask_mod = program.mods(sizes, extra)
     if mask_mod is None:
-        return float(sizes.n) ** 2
+        return sizes.batch * float(sizes.n) ** 2
     total = 0.0
-    rows = max(1, 4 * ROWS // sizes.n)
-    zero = torch.zeros((), dtype=torch.long, device=sizes.device)
+    rows = max(1, 4 * ROWS // sizes.n // sizes.batch)
+    b = torch.arange(sizes.batch, device=sizes.device)[:, None, None]
+    zero = torch.zeros_like(b)
     j = torch.arange(sizes.n, device=sizes.device)[None, :]
     for first in range(0, sizes.n, rows):
         i = torch.arange(first, min(first + rows, sizes.n), device=sizes.device)[:, None]
-        total += float(mask_mod(zero, zero, i, j).sum())
+        total += float(mask_mod(b, zero, i, j).expand(sizes.batch, i.numel(), sizes.n).sum())
     return total

@@ -7,7 +7,8 @@ the gradients, on two heads. On CUDA every call, in training with its backward p
 the graph replayed. Rows come as they are measured, a wave of compilations at a time.
 
 Run with ``PYTHONPATH=. python benchmarks/programs.py [--cases "softcap;ALiBi"] [--lengths 4096] [--widths 64]
-[--phases forward,training] [--heads 32/8] [--rows rows.jsonl]``.
+[--phases forward,training] [--heads 32/8] [--rows rows.jsonl]``; with ``--variable``, sequences of unlike lengths,
+packed into one row or padded to the longest, also beside FlashAttention-2 over the tokens alone.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import attncomp
 from attncomp.backend import attncomp as backend
 from benchmarks import measure as m
-from benchmarks.program_cases import BY_NAME, PROGRAMS, Extra, Sizes, chosen, exact, made, pairs
+from benchmarks.program_cases import BY_NAME, PROGRAMS, VARIABLE, Extra, Sizes, chosen, exact, made, pairs
 from benchmarks.workers import Row, elsewhere, measured
 
 COMPETITORS = ("attncomp", "flex")
+VARLEN = "flash varlen"
+"""FlashAttention-2 over the tokens of packed or padded sequences; forward."""
 TRAINING_FLOPS = 3.5
 """Of the forward pass: five products behind two."""
 
@@ -71,6 +75,8 @@ class Competitor:
         program, sizes = BY_NAME[self.program], self.sizes
         if self.name == "flex":
             return flex(self.program, sizes, compiled=self.compiled)
+        if self.name == VARLEN:
+            return flash_varlen(self.program, sizes)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor]) -> Tensor:
             return program.written(q, k, v, extra, sizes)
@@ -102,7 +108,8 @@ class Competitor:
         flops *= TRAINING_FLOPS if self.training else 1
         right, heads, kv = exact(program, self.sizes, tensors, extra, grad if self.training else None)
         errors = {}
-        for name, reference in right.items():
+        whole = self.name != VARLEN or result.value["out"].shape == tensors[0].shape
+        for name, reference in right.items() if whole else ():
             value = result.value[name]
             if name in ("out", "dq"):
                 value = value[:, heads]
@@ -142,6 +149,34 @@ def flex(name: str, sizes: Sizes, *, compiled: bool) -> Callable[..., Tensor]:
     return run
 
 
+def flash_varlen(name: str, sizes: Sizes) -> Callable[..., Tensor]:
+    """FlashAttention-2 over the tokens that exist, one after the other; they are brought together outside of the time.
+
+    Of a padded batch it gives the output of the tokens alone, of a packed one all of it.
+    """
+    program = BY_NAME[name]
+    assert program.lengths is not None
+    known: list[Any] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, extra: Extra) -> Tensor:
+        if not known:
+            lengths = program.lengths(sizes, extra)  # type: ignore[misc]
+            ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            at = extra["real"].flatten().nonzero().flatten() if "real" in extra else None
+            known.append((ends, int(lengths.max()), at, [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]))
+            if at is not None:
+                known[0][3][:] = [x[at].detach().requires_grad_(x.requires_grad) for x in known[0][3]]
+        ends, longest, at, gathered = known[0]
+        tokens = gathered if at is not None else [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        result = torch.ops.aten._flash_attention_forward(
+            *tokens, ends, ends, longest, longest, 0.0, not program.both_ways, False
+        )
+        out: Tensor = result[0]
+        return out if at is not None else out.unflatten(0, (sizes.batch, sizes.n)).transpose(1, 2)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the command line chose; a row for each of its cases."""
@@ -161,13 +196,21 @@ class Asked:
             for width in self.widths:
                 for phase in self.phases:
                     for name in self.cases:
-                        if not BY_NAME[name].least <= n <= BY_NAME[name].longest and self.device == "cuda":
+                        program = BY_NAME[name]
+                        if self.device == "cuda" and not program.least <= n <= program.longest:
                             continue
-                        sizes = Sizes(*self.heads, n, width, self.device, self.dtype, self.window)
+                        batch = program.batch if self.device == "cuda" else min(program.batch, 2)
+                        sizes = Sizes(*self.heads, n, width, self.device, self.dtype, batch, self.window)
                         training = phase == "training"
                         yield tuple(
-                            Competitor(c, name, sizes, training, self.runs, self.device == "cuda") for c in COMPETITORS
+                            Competitor(c, name, sizes, training, self.runs, self.device == "cuda")
+                            for c in competitors(name, training, self.device)
                         )
+
+
+def competitors(program: str, training: bool, device: str) -> tuple[str, ...]:
+    varlen = BY_NAME[program].lengths is not None and not training and device == "cuda"
+    return (*COMPETITORS, *((VARLEN,) if varlen else ()))
 
 
 def worst(errors: dict[str, float] | None, *, gradients: bool) -> float:
@@ -186,6 +229,8 @@ def cells(of: dict[str, Row], training: bool) -> list[str]:
         if training:
             row.append(m.relative(worst(found.get("errors"), gradients=True)))
     ratio = ratio_of(of)
+    if VARLEN in of:
+        row.append(f"{of[VARLEN]['ms']:.3g}" if "ms" in of[VARLEN] else "-")
     return [*row, "-" if ratio != ratio else f"{ratio:.2f}"]
 
 
@@ -214,8 +259,9 @@ def in_waves(rows: Iterator[tuple[Competitor, ...]], size: int, limit: float) ->
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cuda (if there is one) or cpu")
-    parser.add_argument("--cases", default=";".join(p.name for p in PROGRAMS), help="names, separated by semicolons")
-    parser.add_argument("--lengths", default="4096,16384")
+    parser.add_argument("--cases", help="names, separated by semicolons")
+    parser.add_argument("--variable", action="store_true", help="packed and padded sequences, also beside flash varlen")
+    parser.add_argument("--lengths", help="default: 4096,16384; of --variable, padded to 4096 and packed into 32768")
     parser.add_argument("--widths", default="128,64")
     parser.add_argument("--phases", default="forward,training")
     parser.add_argument("--heads", default="16/16", help="query heads / key heads")
@@ -229,15 +275,17 @@ def main(arguments: list[str] | None = None) -> None:
     # torch.cuda.device_count() asks NVML: no context is made before the workers are.
     device = args.device or ("cuda" if torch.cuda.device_count() else "cpu")
     heads = tuple(int(x) for x in args.heads.split("/"))
-    cases = tuple(BY_NAME[name.strip()].name for name in args.cases.split(";"))
+    every = [p.name for p in (VARIABLE if args.variable else PROGRAMS)]
+    cases = tuple(BY_NAME[name.strip()].name for name in (args.cases.split(";") if args.cases else every))
     phases = tuple(args.phases.split(","))
     if args.tiny:
         heads, args.workers = ((4, 2) if heads[0] != heads[1] else (2, 2)), 0
         asked = Asked((96,), (16,), phases, cases, heads, device, torch.float32, args.runs, window=8)
     else:
-        lengths, widths = (tuple(int(x) for x in text.split(",")) for text in (args.lengths, args.widths))
+        chosen_lengths = args.lengths or ("32768,4096" if args.variable else "4096,16384")
+        lengths, widths = (tuple(int(x) for x in text.split(",")) for text in (chosen_lengths, args.widths))
         asked = Asked(lengths, widths, phases, cases, (heads[0], heads[1]), device, torch.bfloat16, args.runs)
-    shown = f"{asked.heads[0]} query heads on {asked.heads[1]}, batch 1, {str(asked.dtype).removeprefix('torch.')}"
+    shown = f"{asked.heads[0]} query heads on {asked.heads[1]}, {str(asked.dtype).removeprefix('torch.')}"
     m.say(f"{elsewhere(m.conditions, device)}; {shown}\n")
     tables: dict[str, list[list[str]]] = {phase: [] for phase in phases}
     ratios: dict[str, list[float]] = {phase: [] for phase in phases}
@@ -245,10 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
     wave = args.wave or 2 * max(args.workers, 1)
     for job, row in measured(in_waves(asked.rows(), wave, args.limit), args.workers):
         found[job.name] = row
-        if len(found) < len(COMPETITORS):
+        if len(found) < len(competitors(job.program, job.training, device)):
             continue
         phase = "training" if job.training else "forward"
-        title = f"{job.program}, D{job.sizes.width}, {job.sizes.n}"
+        batch = f"{job.sizes.batch} x " if job.sizes.batch > 1 else ""
+        title = f"{job.program}, D{job.sizes.width}, {batch}{job.sizes.n}"
         line = [title, *cells(found, job.training)]
         tables[phase].append(line)
         ratios[phase].append(ratio_of(found))
@@ -262,6 +311,9 @@ def main(arguments: list[str] | None = None) -> None:
     for phase, table in tables.items():
         each = ("ms", "TFLOP/s", "error", *(("gradients' error",) if phase == "training" else ()))
         head = [phase, *(f"{name} {cell}" for name in COMPETITORS for cell in each), "flex / attncomp"]
+        if any(len(line) > len(head) for line in table):
+            head.insert(-1, f"{VARLEN} ms")
+            table = [line if len(line) == len(head) else [*line[:-1], "-", line[-1]] for line in table]
         m.say(f"\n{m.table(head, table)}")
         real = [x for x in ratios[phase] if x == x]
         if real:

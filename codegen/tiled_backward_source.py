@@ -14,6 +14,7 @@ from typing import Any
 
 from attncomp.codegen.printer import Level, Printer
 from attncomp.codegen.render import render
+from attncomp.codegen.spans import KEY_SPANS, QUERY_SPANS, span_reads, span_texts, uses_spans
 from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tiled_source import (
     Arguments,
@@ -23,6 +24,7 @@ from attncomp.codegen.tiled_source import (
     common_context,
     element_mask,
     exponent_of,
+    narrowed,
     program_context,
     static_length,
 )
@@ -228,12 +230,15 @@ def _body(
     ranges: bool,
     tests: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """One body of the innermost loop. ranges: test the proven range too. tests: the template's own."""
+    """One body of the innermost loop. tests: the template's own.
+
+    ranges: test the proven range too, and what data decides also where spans say that it is whole.
+    """
     program = printer.value(exponent.program)
     conditions = [*tests]
     if ranges:
         conditions += [f"({printer.value(e)})" for e in element_mask(plan)]
-    if plan.proof.residual != TRUE:
+    if plan.proof.residual != TRUE and (ranges or not uses_spans(plan)):
         conditions.append(f"({printer.value(plan.proof.residual)})")
     return {
         "program": program,
@@ -291,9 +296,14 @@ def _queries(
 ) -> dict[str, Any]:
     proof = plan.proof
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
-    roots = [*_roots(plan, exponent, slope, learned), *ranges]
+    data = uses_spans(plan)
+    roots = [*_roots(plan, exponent, slope, learned), *ranges, *(span_reads(plan.spec, KEY_SPANS) if data else ())]
     printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
     low, inner_low, inner_high, high = (printer.value(e) for e in ranges)
+    if data:
+        low, inner_low, inner_high, high = narrowed(
+            span_texts(plan, printer, KEY_SPANS), low, inner_low, inner_high, high
+        )
     items = [_item(printer, x, "i") for x in learned]
     blocks = _blocks(plan, "queries")
     length = static_length(plan.spec, "j")
@@ -320,7 +330,7 @@ def _queries(
             tests=(*rows, *_length_tests(plan)),
         ),
         "tile_lines": printer.lines(0),
-        "phases": {"before": proof.key_lo != ZERO, "after": not whole},
+        "phases": {"before": data or proof.key_lo != ZERO, "after": data or not whole},
     }
 
 
@@ -334,7 +344,8 @@ def _keys(
         Level("x", frozenset(("i",)), score=True),
     )
     ranges = (at(proof.query_lo, "j_first"), at(proof.query_hi, "j_last"))
-    roots = [*_roots(plan, exponent, slope, learned), *ranges]
+    data = uses_spans(plan)
+    roots = [*_roots(plan, exponent, slope, learned), *ranges, *(span_reads(spec, QUERY_SPANS) if data else ())]
     masks = {"j": "j_ok"}
     printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks)
     low, high = (printer.value(e) for e in ranges)
@@ -347,6 +358,12 @@ def _keys(
         searches.append(_search(plan, gt(at(proof.key_hi, "i_middle"), Axis("j_last")), "inner_low", functions))
     if proof.key_lo != ZERO:
         searches.append(_search(plan, gt(at(proof.key_lo, "i_middle"), Axis("j_first")), "inner_high", functions))
+    if data:
+        spans = span_texts(plan, printer, QUERY_SPANS)
+        low, high = f"tl.maximum({low}, {spans.first})", f"tl.minimum({high}, {spans.last})"
+        # Keys that no query sees: the template takes it that the range does not end before it begins.
+        high = f"tl.maximum({high}, tl.maximum({low}, 0) // BLOCK_M * BLOCK_M)"
+        searches = _searches_within(searches, spans.whole_first, spans.whole_last)
     inner = printer.inner(inside={"j": "j_in"}, masks=masks)
     edge = printer.inner(inside=_EDGE, masks=masks)
     return {
@@ -359,7 +376,10 @@ def _keys(
         "edge_body": _body(edge, plan, exponent, slope, learned, ranges=True, tests=("i_ok",)),
         "tile_lines": printer.lines(0),
         "head_lines": printer.lines(1),
-        "phases": {"before": proof.key_hi != spec.size("j"), "after": proof.key_lo != ZERO or not whole},
+        "phases": {
+            "before": data or proof.key_hi != spec.size("j"),
+            "after": data or proof.key_lo != ZERO or not whole,
+        },
     }
 
 
@@ -368,6 +388,17 @@ def _search(plan: Plan, found: Expr, result: str, functions: set[str]) -> dict[s
     level = Level("u", frozenset(("b", "h", "j_first", "j_last", "i_middle")))
     printer = _printer(plan, (level,), (found,), functions)
     return {"found": printer.value(found), "result": result, "lines": printer.lines(0)}
+
+
+def _searches_within(searches: list[dict[str, Any]], first: str, last: str) -> list[dict[str, Any]]:
+    """The bisections, none of which ends before the first query that is wholly allowed, or after the last."""
+    found = {s["result"]: s for s in searches}
+    low, high = (found.get(name, {"found": None, "lines": []}) for name in ("inner_low", "inner_high"))
+    begins, ends = f"(i_middle >= {first})", f"(i_middle >= {last})"
+    return [
+        {**low, "result": "inner_low", "found": f"({low['found']}) & {begins}" if low["found"] else begins},
+        {**high, "result": "inner_high", "found": f"({high['found']}) | {ends}" if high["found"] else ends},
+    ]
 
 
 def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from attncomp.codegen.data_bounds import bound_texts, data_bounds
 from attncomp.codegen.dropout import SEED
 from attncomp.codegen.printer import Level, Printer, stride_argument, symbol_argument
 from attncomp.codegen.render import render
+from attncomp.codegen.spans import KEY_SPANS, QUERY_SPANS, SpanTexts, span_reads, span_texts, uses_spans
 from attncomp.expr import (
     TRUE,
     ZERO,
@@ -181,7 +182,8 @@ def arguments_of(
     strided: those among `own` that have strides of their own; the others are contiguous. more: further lengths.
     """
     spec = plan.spec
-    read = {load.tensor for e in kernel_expressions(plan) for load in loads_of(e)}
+    spans = (KEY_SPANS, *((QUERY_SPANS,) if "grad" in own else ())) if uses_spans(plan) else ()
+    read = {load.tensor for e in kernel_expressions(plan) for load in loads_of(e)} | set(spans)
     captured = tuple(t for t in spec.captured if t.name in read)
     drops = (SEED,) if dropped_below(spec) else ()
     by_descriptor = tuple(t for t in own if descriptors and t in DESCRIBED)
@@ -228,6 +230,8 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
     mask = element_mask(plan)
     bounds = data_bounds(proof.residual)
     roots = [exponent.program, *mask, proof.residual, *ranges, *bounds.atoms, *(() if sink is None else (sink,))]
+    if uses_spans(plan):
+        roots += span_reads(spec, KEY_SPANS)
     printer = Printer(
         spec,
         (
@@ -245,6 +249,11 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         low = f"tl.maximum({low}, {limit})"
     for limit in limits["last"]:  # to the end of its tile: what is beyond the bound there, the mask's own test hides
         high = f"tl.minimum({high}, tl.cdiv({limit} + 1, BLOCK_N) * BLOCK_N)"
+    tested = proof.residual
+    if uses_spans(plan):
+        spans = span_texts(plan, printer, KEY_SPANS)
+        low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high)
+        tested = TRUE  # of what is whole
     sink_text = None if sink is None else printer.value(sink)
     inner = printer.inner(inside={"i": "i_in"})
     edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
@@ -262,12 +271,22 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         inner_high=inner_high,
         sink=sink_text,
         program=program_context(exponent),
-        inner_body=body_context(inner, exponent, [], proof.residual, length_test=False),
+        inner_body=body_context(inner, exponent, [], tested, length_test=False),
         edge_body=body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j")),
         tile_lines=printer.lines(0),
         phases=phases_of(plan, "j", params["block_n"]),
         bounded=is_bounded(spec.program),
         edge_stages=params.get("edge_stages", 0),
+    )
+
+
+def narrowed(spans: SpanTexts, low: str, inner_low: str, inner_high: str, high: str) -> tuple[str, str, str, str]:
+    """The four ends of a tile's sweep, none further out than the spans that data gives."""
+    return (
+        f"tl.maximum({low}, {spans.first})",
+        f"tl.maximum({inner_low}, {spans.whole_first})",
+        f"tl.minimum({inner_high}, {spans.whole_last})",
+        f"tl.minimum({high}, {spans.last})",
     )
 
 
@@ -371,7 +390,8 @@ def phases_of(plan: Plan, axis: str, block: int) -> dict[str, bool]:
     """Which of the phases around the inner one can have tiles at all."""
     length = static_length(plan.spec, axis)
     whole = plan.proof.key_hi == plan.spec.size("j") and length is not None and length % block == 0
-    return {"before": plan.proof.key_lo != ZERO, "after": not whole}
+    data = uses_spans(plan)
+    return {"before": data or plan.proof.key_lo != ZERO, "after": data or not whole}
 
 
 def at(e: Expr, alias: str) -> Expr:

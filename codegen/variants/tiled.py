@@ -14,6 +14,7 @@ from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.dropout import seeded, with_seed
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
+from attncomp.codegen.spans import has_spans, spans_work, with_spans
 from attncomp.codegen.tabulate import table_tensors, tabulate
 from attncomp.codegen.tiled_backward_source import (
     NoDerivativeError,
@@ -66,6 +67,8 @@ class Tiled:
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
+        if has_spans(request):
+            params["spans"] = True
         try:
             plan = _dropping(Plan(request.spec, request.proof, self.name, params))
             forward_source(plan)
@@ -73,12 +76,16 @@ class Tiled:
                 backward_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
-        return Offer(params, tiled_work(request, tiles, params["precision"]))
+        work = tiled_work(request, tiles, params["precision"])
+        return Offer(params, work + spans_work(request) if "spans" in params else work)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
-        return attention(*with_seeds(*with_tables(plan, inputs)))
+        plan, inputs = with_tables(plan, inputs)
+        if plan.params.get("spans"):
+            plan, inputs = with_spans(plan, inputs)
+        return attention(*with_seeds(plan, inputs))
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(kernels_of(plan), inputs)

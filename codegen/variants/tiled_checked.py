@@ -14,6 +14,7 @@ import torch
 from attncomp.codegen.cases import case_holds, case_request, case_spec, check_work
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
+from attncomp.codegen.spans import with_spans
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import HOLDS
 from attncomp.codegen.variants.tiled import TILED, with_seeds, with_tables
@@ -56,7 +57,10 @@ class TiledChecked:
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         (case,) = plan.proof.cases
         holds = case_holds(case, score_grid(plan, inputs, torch.float32))
-        plan, inputs = with_seeds(*with_tables(plan, inputs))
+        plan, inputs = with_tables(plan, inputs)
+        if plan.params["general"].get("spans"):
+            plan, inputs = with_spans(plan, inputs)
+        plan, inputs = with_seeds(plan, inputs)
         spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo(HOLDS, (), "bool")))
         return attention(replace(plan, spec=spec), inputs._replace(captured=[*inputs.captured, holds]))
 
@@ -73,7 +77,8 @@ def _both(plan: Plan) -> tuple[Plan, Plan]:
     """The plan of the whole mask and that of the case, each for kernels that run where `HOLDS` says so."""
     (case,) = plan.proof.cases
     general = {**plan.params["general"], "when": False}
-    simpler = {**plan.params["case"], "when": True}
+    # The spans are those of the whole mask: what is certain of its part that is tested says nothing of the case's.
+    simpler = {**plan.params["case"], "when": True, "spans": False}
     return (
         replace(plan, proof=replace(plan.proof, cases=()), params=general),
         replace(plan, spec=case_spec(plan.spec, case), proof=case.proof, params=simpler),

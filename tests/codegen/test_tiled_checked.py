@@ -96,10 +96,17 @@ def _captured(kind: str, holds: bool, length: int = 40) -> list[torch.Tensor]:
     return [mask, *([torch.randn(1, 2, length, length)] if kind == "bias" else [])]
 
 
-def built_errors(kind: str, holds: bool, length: int = 40, device: str = "cpu") -> dict[str, float]:
-    """Through `build` and autograd, as a model runs it, against the reference in float64."""
+def built_errors(
+    kind: str, holds: bool, length: int = 40, device: str = "cpu", spans: bool = False
+) -> dict[str, float]:
+    """Through `build` and autograd, as a model runs it, against the reference in float64.
+
+    spans: they are found also where they are not worth it.
+    """
     torch.manual_seed(0)
-    plan = _small(_plan(kind)) if device == "cpu" else _plan(kind, length, device)
+    plan = _small(_plan(kind, length)) if device == "cpu" else _plan(kind, length, device)
+    if spans:
+        plan = replace(plan, params={which: {**tiles, "spans": True} for which, tiles in plan.params.items()})
     inputs = [torch.randn(2, 2, length, 16) for _ in range(3)] + _captured(kind, holds, length)
     ours, wanted = (
         [x.detach().to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs]
@@ -124,6 +131,13 @@ def built_errors(kind: str, holds: bool, length: int = 40, device: str = "cpu") 
 def test_both_kinds_of_data(kind: str, holds: bool, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(built_errors, kind, holds)
     assert set(found) == {"out", "dq", "dk", "dv", *(["dc1"] if kind == "bias" else [])}
+    assert max(found.values()) <= 2e-5, found
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_spans_are_of_the_whole_mask(holds: bool, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(built_errors, "padding", holds, 100, "cpu", True)
+    assert set(found) == {"out", "dq", "dk", "dv"}
     assert max(found.values()) <= 2e-5, found
 
 

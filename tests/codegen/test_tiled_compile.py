@@ -22,7 +22,7 @@ from tests.codegen.tiled_runs import WIDTHS, find
 
 pytestmark = pytest.mark.skipif(not has_triton() or interprets(), reason="needs Triton's compiler")
 
-_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "bool": "*i1"}
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32", "bool": "*i1"}
 _SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
