@@ -143,7 +143,7 @@ def flex(name: str, sizes: Sizes, *, compiled: bool) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, extra: Extra) -> Tensor:
         _, mask_mod = program.mods(sizes, extra)
         if mask_mod is not None and not blocks:
-            blocks.append(create_block_mask(mask_mod, 1, None, sizes.n, sizes.n, device=sizes.device))
+            blocks.append(create_block_mask(mask_mod, sizes.batch, None, sizes.n, sizes.n, device=sizes.device))
         return fast(q, k, v, extra)
 
     return run
