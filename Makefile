@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 # Two workers share the machine: one thread each is faster than two that fight.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
 
-.PHONY: help venv lint format test test-all demo ci clean
+.PHONY: help venv lint format test test-all sanitize demo ci clean
 
 help:
 	@echo "make demo      SmolLM2-135M with its real weights, beside eager and inductor (under 10 minutes on 2 cores)"
 	@echo "make test      the quick tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  also the slow ones"
+	@echo "make sanitize  the kernels' GPU tests under compute-sanitizer"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff fix and format"
 	@echo "make ci        what CI runs: lint and test"
@@ -36,6 +37,9 @@ test: venv
 
 test-all: venv
 	$(PYTEST) -m ""
+
+sanitize: venv
+	PYTHON=$(BIN)/python .ci/sanitize
 
 demo: venv
 	$(BIN)/python examples/demo.py --work $(VENV)/demo

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import ONE, OPS, Axis, Const, Expr, Load, Op, Size, add, axes_of, loads_of, minimum
+from attncomp.expr import ONE, OPS, ZERO, Axis, Const, Expr, Load, Op, Size, add, axes_of, loads_of, minimum
 from attncomp.plan import Plan
 from attncomp.spec import AXES, AttentionSpec
 from attncomp.variant import Inputs
@@ -109,7 +109,7 @@ def exact_in(e: Expr, dtype: str, spec: AttentionSpec) -> bool:
     return False
 
 
-def is_causal_end(key_hi: Expr, key_length: Expr) -> bool:
-    """Whether a key range ends at ``i + 1``: what SDPA kernels call causal, counted from the first key."""
-    end = add(Axis("i"), ONE)
+def is_causal_end(key_hi: Expr, key_length: Expr, offset: Expr = ZERO) -> bool:
+    """Whether a key range ends at ``i + 1 + offset``: with none, what most SDPA kernels call causal."""
+    end = add(add(Axis("i"), ONE), offset)
     return key_hi in (end, minimum(end, key_length), minimum(key_length, end))

@@ -23,7 +23,7 @@ from attncomp.codegen.materialise import (
 )
 from attncomp.cost import Work
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of, walk
+from attncomp.expr import ONE, TRUE, ZERO, Const, Expr, Weight, axes_of, sub, walk
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
@@ -58,7 +58,11 @@ class SdpaKernel:
     max_width: largest head width; multiple: widths are padded up to a multiple of it.
     grouped: takes fewer key heads than query heads.
     masked: takes an additive mask; wide_mask: in float32 also beside narrower q; mask_gradient: and differentiates it.
-    rectangular: `causal` counts from the first key for any two lengths.
+    rectangular: `causal` counts from the first key for any two lengths; otherwise to the last key.
+    rows: queries that a program works on, all of them computed even if fewer exist.
+    lone: what a program reaches where there are fewer of them than multiprocessors, in shares of a full device's; if
+        `splits`, programs share out the keys then, and this is what all together reach.
+    decodes: a single query has a form of its own, neither padded to rows nor short of programs.
     capability: least CUDA compute capability.
     shares, wide_shares: prior efficiencies for 16-bit inputs and for others; bandwidth: prior share of the memory's.
     """
@@ -75,6 +79,10 @@ class SdpaKernel:
     mask_gradient: bool
     dropout: bool
     rectangular: bool
+    rows: int
+    lone: float
+    splits: bool
+    decodes: bool
     capability: tuple[int, int]
     shares: Shares
     wide_shares: Shares
@@ -189,7 +197,11 @@ class SdpaKernel:
         spec, n = request.spec, request.hints
         kv_heads = n["h"] // (spec.group or 1)
         width = _padded(spec, self.multiple)
-        pairs = n["b"] * n["h"] * n["i"] * n["j"] * (0.5 if causal else 1.0)
+        rows = 1 if self.decodes and n["i"] == 1 else self.rows
+        tiles = -(-n["i"] // rows)
+        seen = _seen(n["i"], n["j"], from_first=self.rectangular) if causal else 1.0
+        pairs = n["b"] * n["h"] * tiles * rows * n["j"] * seen
+        busy = self._busy(request, n["b"] * n["h"] * tiles)
         dtype = spec.tensors[0].dtype
         rate = dtype
         if request.device == "cpu" and request.hardware.peak.rate(dtype) < request.hardware.peak.fp32:
@@ -207,7 +219,7 @@ class SdpaKernel:
             flops=4.0 * pairs * width,
             bytes=2 * query + 2 * key + mask_bytes,
             exps=pairs,
-            efficiency=forward,
+            efficiency=forward * busy,
             bandwidth_efficiency=self.bandwidth,
             dtype=rate,
         )
@@ -226,6 +238,13 @@ class SdpaKernel:
                 dtype=rate,
             )
         return work
+
+    def _busy(self, request: Request, programs: int) -> float:
+        """The share of the device that so many programs use."""
+        sms = max(request.hardware.sms, 1)
+        if request.device != "cuda" or programs >= sms or (self.decodes and request.hints["i"] == 1):
+            return 1.0
+        return min(1.0, self.lone * (1.0 if self.splits else max(programs, 1) / sms))
 
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         q, k, v = inputs[:3]
@@ -256,6 +275,12 @@ class SdpaKernel:
         if group > 1 and not self.grouped:
             k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
         return Call(q, k, v, mask, scale, causal, spec.dropout, spec.training)
+
+
+def _seen(queries: int, keys: int, *, from_first: bool) -> float:
+    """The share of all pairs under a causal mask that is counted from the first key, or to the last one."""
+    part = 0.5 * min(queries, keys) / max(queries, keys, 1)
+    return part if from_first == (queries <= keys) else 1.0 - part
 
 
 def finished(out: torch.Tensor, spec: AttentionSpec, grid: Grid, call: Call) -> torch.Tensor:
@@ -291,9 +316,12 @@ def bias_of(spec: AttentionSpec) -> Expr:
 
 
 def causal_and_mask(proof: MaskProof, spec: AttentionSpec, *, rectangular: bool) -> tuple[bool, Expr]:
-    """(is_causal, what must still be masked): the end of the range is the kernel's option where it can be."""
+    """(is_causal, what must still be masked): the end of the range is the kernel's option where it can be.
+
+    rectangular: `is_causal` counts from the first key, whatever the lengths; otherwise to the last one.
+    """
     lengths = spec.size("i"), spec.size("j")
-    causal = is_causal_end(proof.key_hi, lengths[1]) and (rectangular or lengths[0] == lengths[1])
+    causal = is_causal_end(proof.key_hi, lengths[1], ZERO if rectangular else sub(lengths[1], lengths[0]))
     if proof.key_lo == ZERO and (causal or proof.key_hi == lengths[1]):
         return causal, proof.residual
     return causal, spec.mask

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from benchmarks import (
     linear,
     measure,
     models,
+    picture,
     program_cases,
     programs,
     workers,
@@ -160,6 +162,41 @@ def test_dispatch_points_agree_with_every_library() -> None:
         call = dispatch_points.library("math", point, q, k, v)
         assert call is not None
         assert measure.difference(call(), own) < 1e-5, point.name
+
+
+def test_the_picture_is_of_the_rows() -> None:
+    """The picture in the docs is what the script makes of the rows that stand beside it, and of nothing else."""
+    files = sorted((ROOT / "benchmarks" / "rows").glob("*.jsonl"))
+    rows_ = picture.latest(line for f in files for line in f.read_text().splitlines())
+    shown = picture.panels(rows_, 128)
+    drawn = picture.svg(shown, "H100, forward, TFLOP/s over length, bfloat16, width 128")
+    assert (ROOT / "docs" / "speed.svg").read_text() == drawn
+    tree = ElementTree.fromstring(drawn)
+    circles = [x for x in tree.iter() if x.tag.endswith("circle")]
+    assert len(circles) == sum(len(points) for p in shown for points in p.lines.values())
+    assert {p.title for p in shown} >= {"plain, full", "plain, causal", "softcap", "document"}
+
+
+def test_a_later_row_replaces_an_earlier_one() -> None:
+    row = {"case": "softcap", "phase": "forward", "n": 4096, "width": 128, "heads": 16, "kv_heads": 16}
+    lines = [json.dumps(row | {"found": {"attncomp": {"ms": 1.0, "tflops": rate}}}) for rate in (100.0, 250.0)]
+    lines.append(json.dumps(row | {"n": 8192, "found": {"attncomp": {"tflops": 300.0}, "flex": {"failure": "none"}}}))
+    (panel,) = picture.panels(picture.latest(lines), 128)
+    assert panel.lines == {"attncomp": {4096: 250.0, 8192: 300.0}}
+    assert picture.panels(picture.latest(lines), 64) == []
+    heights = re.findall(r'<circle cx="([0-9.]+)" cy="([0-9.]+)"', picture.svg([panel], "t"))
+    assert [x for x, _ in heights] == ["50.0", "230.0"]
+    assert float(heights[1][1]) < float(heights[0][1])
+
+
+def test_sanitize_says_what_it_lacks(tmp_path: Path) -> None:
+    """Exit code 3 and a sentence, where there is nothing to check with."""
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": sys.executable, "COMPUTE_SANITIZER": str(fake), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([ROOT / ".ci" / "sanitize"], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "no CUDA device" in done.stderr) == (3, True)
 
 
 @dataclass(frozen=True)

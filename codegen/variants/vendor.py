@@ -25,8 +25,11 @@ FLASH_SHARES: Shares = ((64, 0.31, 0.29), (128, 0.37, 0.30), (256, 0.34, 0.26))
 EFFICIENT_SHARES: Shares = ((64, 0.135, 0.11), (128, 0.18, 0.14), (512, 0.14, 0.04))
 # The same in float32 with 4096 tokens, as shares of 66.9 TFLOP/s.
 EFFICIENT_FLOAT32_SHARES: Shares = ((64, 0.51, 0.52), (512, 0.70, 0.54))
-# Decoding there: one query of 32 heads against 8 sequences of 8192 keys (8 heads of width 128), as shares of 3.35 TB/s.
-CUDNN_BANDWIDTH, FLASH_BANDWIDTH, EFFICIENT_BANDWIDTH = 0.81, 0.79, 0.78
+# Decoding there, 32 heads on 8 of width 128, as shares of 3.35 TB/s: 8 and 64 sequences of 8192 keys took cuDNN 0.096
+# and 0.703 ms, flash 0.098 and 0.787; one of 131072, 0.182 and 0.194 (benchmarks/dispatch.py).
+CUDNN_BANDWIDTH, FLASH_BANDWIDTH, EFFICIENT_BANDWIDTH = 0.88, 0.83, 0.78
+# Rows and lone programs (below) as times show them there, 16 heads of 128 against 16384 keys: 64, 512 and 2048 queries
+# took cuDNN 0.191, 0.191 and 0.405 ms, flash 0.0625, 0.219 and 0.780, efficient 0.550, 0.548 and 1.64.
 
 # Measured with torch 2.13 on 2 cores of a 2.8 GHz Xeon, float32, 4 heads of 4096 tokens (torch 2.11 on 4 newer cores:
 # 0.63 and 0.49, 0.60 and 0.38).
@@ -66,7 +69,8 @@ class CudnnAttention(SdpaKernel):
 
 
 class FlashAttention(SdpaKernel):
-    """``_scaled_dot_product_flash_attention``."""
+    """``_scaled_dot_product_flash_attention``. Its causal mask ends at the last key, as ``causal_lower_right`` of torch
+    has it from this operator."""
 
     def call(self, c: Call) -> torch.Tensor:
         out: torch.Tensor = aten._scaled_dot_product_flash_attention(
@@ -106,6 +110,10 @@ VENDOR_CPU_FLASH = CpuFlash(
     mask_gradient=False,
     dropout=False,
     rectangular=True,
+    rows=1,
+    lone=1.0,
+    splits=True,
+    decodes=True,
     capability=(0, 0),
     shares=CPU_FLASH_SHARES,
     wide_shares=CPU_FLASH_SHARES,
@@ -127,6 +135,10 @@ VENDOR_CUDNN = CudnnAttention(
     mask_gradient=False,
     dropout=True,
     rectangular=True,
+    rows=128,
+    lone=1.12,
+    splits=False,
+    decodes=True,
     capability=(8, 0),
     shares=CUDNN_SHARES,
     wide_shares=CUDNN_SHARES,
@@ -145,6 +157,10 @@ VENDOR_FLASH = FlashAttention(
     mask_gradient=False,
     dropout=True,
     rectangular=False,
+    rows=128,
+    lone=0.86,
+    splits=True,
+    decodes=True,
     capability=(8, 0),
     shares=FLASH_SHARES,
     wide_shares=FLASH_SHARES,
@@ -163,6 +179,10 @@ VENDOR_EFFICIENT = EfficientAttention(
     mask_gradient=True,
     dropout=True,
     rectangular=True,
+    rows=64,
+    lone=0.73,
+    splits=False,
+    decodes=False,
     capability=(8, 0),
     shares=EFFICIENT_SHARES,
     wide_shares=EFFICIENT_FLOAT32_SHARES,

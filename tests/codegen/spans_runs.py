@@ -154,22 +154,27 @@ def request_with(case: Case, **hints: int) -> Request:
 def interpreted(name: str, empty: str = "zero") -> dict[str, float]:
     """Errors of output and gradients of the kernels that read spans."""
     case = case_of(find(name), empty=empty)
-    torch.manual_seed(0)
-    leaves = [x.requires_grad_(x.is_floating_point()) for x in case.inputs()]
-    wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in leaves]
-    expected = attention_reference(case.spec, wide[0], wide[1], wide[2], wide[3:], ())
     plan = plan_of(case, "cpu", {"spans": True})
     tile = {**SMALL_TILE, "block_m": 32, "block_n": 32}
-    plan = replace(plan, params={n: tile if isinstance(x, dict) else x for n, x in plan.params.items()})
+    params = {n: tile if isinstance(x, dict) else x for n, x in plan.params.items()}
+    return built_errors(case, replace(plan, params=params), "cpu")
+
+
+def built_errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
+    """Through `build` and autograd, as a model runs it, against the reference in float64."""
+    torch.manual_seed(0)
+    leaves = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in case.inputs()]
+    wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in leaves]
+    expected = attention_reference(case.spec, wide[0], wide[1], wide[2], wide[3:], ())
     out = Tiled().build(plan, Inputs(leaves[0], leaves[1], leaves[2], leaves[3:], ()))
     direction = torch.randn_like(out)
     out.backward(direction)
     expected.nan_to_num(0.0).backward(direction.double())
     pairs = {"out": (out.detach(), expected.detach())}
-    for name_, x, y in zip("qkv", leaves, wide, strict=False):
+    for name, x, y in zip("qkv", leaves, wide, strict=False):
         assert x.grad is not None
         assert y.grad is not None
-        pairs[f"d{name_}"] = (x.grad, y.grad.nan_to_num(0.0))
+        pairs[f"d{name}"] = (x.grad, y.grad.nan_to_num(0.0))
     return {n: relative_error(mine, right) for n, (mine, right) in pairs.items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attncomp.backend import attncomp
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.spans import BLOCK, KEY_SPANS, QUERY_SPANS, has_spans, spanned_plan, with_spans
@@ -22,11 +23,13 @@ from attncomp.hardware import A100_80GB, H100_SXM
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
+from attncomp.report import clear_reports, reports
 from attncomp.spec import B, H, I, J, TensorInfo, plain_spec
 from attncomp.variant import Inputs, Offer, Request
+from tests.agreement import ALWAYS
 from tests.codegen import spans_runs as runs
 from tests.codegen.test_tiled_compile import compile_all
-from tests.codegen.tiled_runs import plan_of
+from tests.codegen.tiled_runs import plan_of, relative_error, with_dtype
 
 NAMES = [m.name for m in runs.MASKS]
 _KERNELS = ("documents", "ids in any order", "documents and padding", "causal and left padding", "nothing", "prefix")
@@ -197,3 +200,41 @@ def test_kernels_that_read_spans_compile(capability: int) -> None:
     assert offer.params["spans"] is True
     compiled = compile_all(spanned_plan(Plan(spec, request.proof, "tiled", offer.params)), capability)
     assert {"forward", "keys", "queries"} <= set(compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["documents", "ids in any order", "prefix", "documents and padding"])
+def test_kernels_match_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """Longer than a block is, so that there are certain ones; also where a block is not full."""
+    case = runs.case_of(replace(runs.find(name), queries=700, keys=700))
+    case = with_dtype(case, str(dtype).removeprefix("torch."))
+    found = runs.built_errors(case, plan_of(case, "cuda", {"spans": True}), "cuda")
+    assert max(found.values()) <= (2e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.gpu
+def test_documents_of_a_compiled_model_on_a_gpu() -> None:
+    """One compilation: other documents at each call, and other numbers of tokens."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(q.shape[2], device=q.device)
+        keep = (ids[:, None, :, None] == ids[:, None, None, :]) & (i[:, None] >= i)
+        weighted: torch.Tensor = (q @ k.mT * 0.125).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+        return weighted
+
+    clear_reports()
+    options: Any = {"policy": {**ALWAYS, "rule": [{"match": {}, "variants": ["tiled"]}]}}
+    compiled: Any = torch.compile(attend, backend=attncomp, options=options, dynamic=True)
+    for n in (1024, 1500, 2048):
+        q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        for ids in (torch.arange(n) // 300, torch.randint(0, 3, (n,)), torch.zeros(n, dtype=torch.long)):
+            ids = torch.stack((ids, ids.flip(0))).cuda()
+            wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+            out, right = compiled(q, k, v, ids), attend(wide[0], wide[1], wide[2], ids)
+            direction = torch.randn_like(out)
+            assert relative_error(out.detach(), right.detach()) < 2e-2
+            mine = torch.autograd.grad(out, (q, k, v), direction)
+            for a, b in zip(mine, torch.autograd.grad(right, wide, direction.double()), strict=True):
+                assert relative_error(a, b) < 4e-2
+    assert {s.variant for r in reports() for s in r.sites} == {"tiled"}

@@ -41,6 +41,7 @@ from attncomp.expr import (
     sub,
 )
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware, Peak
+from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.proof import MaskProof
 from attncomp.reference import attention_reference
@@ -445,6 +446,62 @@ def test_cuda_kernels_trace_without_a_device(
     position = {VENDOR_CUDNN: 6, VENDOR_FLASH: 4, VENDOR_EFFICIENT: 6}[variant]
     causal = calls[0].args[position] if len(calls[0].args) > position else False  # tracing drops defaults
     assert causal == text.startswith("causal")
+
+
+def _to_the_last_key(training: bool = False, query: int = 32) -> tuple[AttentionSpec, MaskProof]:
+    """Queries that follow keys of a cache: the last one sees the last key."""
+    offset = 64 - query
+    spec = half(query=query, kv_heads=2, mask=le(J, add(I, Const(offset))), training=training)
+    return spec, prove(spec.mask, spec.extents)
+
+
+def test_flash_is_causal_to_the_last_key() -> None:
+    spec, proof = _to_the_last_key()
+    offers = [v.accept(request(spec, proof, "cuda", H100_SXM)) for v in CUDA]
+    assert [f.code if isinstance(f, Rejection) else f.params for f in offers] == [
+        "mask",
+        {"causal": True, "mask": False},
+        {"causal": False, "mask": True},
+    ]
+    for offset in (31, 33):  # near misses: a key more, and a key less, than the last one
+        mask = le(J, add(I, Const(offset)))
+        near = replace(spec, mask=mask)
+        found = VENDOR_FLASH.accept(request(near, prove(mask, near.extents), "cuda", H100_SXM))
+        assert isinstance(found, Rejection)
+        assert found.code == "mask"
+    from_first = replace(spec, mask=CAUSAL)
+    found = VENDOR_FLASH.accept(request(from_first, prove(CAUSAL, spec.extents), "cuda", H100_SXM))
+    assert isinstance(found, Rejection)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query", [32, 1, 64])
+def test_flash_to_the_last_key_computes_the_spec_and_its_gradients(query: int) -> None:
+    spec, proof = _to_the_last_key(True, query)
+    plan = planned(VENDOR_FLASH, spec, proof)
+    tensors = [t.cuda().requires_grad_() for t in inputs(spec)]
+    out = built(VENDOR_FLASH, plan, tensors)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = reference(spec, wide)
+    assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for mine, right in zip(tensors, wide, strict=True):
+        assert mine.grad is not None
+        assert right.grad is not None
+        assert (mine.grad.double() - right.grad).norm() <= 1e-2 * right.grad.norm()
+
+
+def test_few_queries_of_few_heads_are_predicted_as_measured() -> None:
+    """On an H100, 16 heads against 16384 keys (benchmarks/dispatch.py): milliseconds of cuDNN, flash and efficient."""
+    measured = {64: (0.191, 0.0625, 0.550), 512: (0.191, 0.219, 0.548), 2048: (0.405, 0.780, 1.636)}
+    for query, times in measured.items():
+        spec = half(query, 16384, batch=1, heads=16, width=128)
+        offers = [v.accept(request(spec, proof_of(spec, "none"), "cuda", H100_SXM)) for v in CUDA]
+        predicted = [predict_ms(f.work, H100_SXM) for f in offers if isinstance(f, Offer)]
+        assert [p / t for p, t in zip(predicted, times, strict=True)] == pytest.approx([1.0] * 3, abs=0.12)
+        assert predicted.index(min(predicted)) == times.index(min(times))
 
 
 @pytest.mark.gpu
