@@ -24,6 +24,7 @@ from attncomp.passes.autocast import explicit_casts, with_regions
 from attncomp.passes.capture_parts import capture_parts
 from attncomp.passes.dropouts import explicit_dropouts
 from attncomp.passes.fast_paths import FAST_PATHS
+from attncomp.passes.hidden_writes import without_hidden_writes
 from attncomp.passes.inference_mode import without_inference_mode
 from attncomp.passes.inline import Checkpoint, inline
 from attncomp.passes.mask import HUGE
@@ -81,7 +82,10 @@ def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Reje
         return inlined
     graph_of_regions = without_inference_mode(with_regions(inlined.graph))
     plain = graph_of_regions is dynamo_graph
-    dynamo_graph = explicit_dropouts(graph_of_regions)
+    written = without_hidden_writes(explicit_dropouts(graph_of_regions))
+    if isinstance(written, Rejection):
+        return written
+    dynamo_graph = written
     given = [n for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
     hidden = hide_subclasses(dynamo_graph, inputs, len(inlined.kept))
     if isinstance(hidden, Rejection):

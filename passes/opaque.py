@@ -152,13 +152,18 @@ def _impure(body: GraphModule, operator: str) -> str | None:
 
 def _writes_to_its_own(node: Node, given: set[Any]) -> bool:
     """Whether a node that writes does so only to memory that the graph around it has allocated; given: all other."""
-    changed = [node.kwargs["out"]] if "out" in node.kwargs else list(node.args[:1])
-    if isinstance(node.target, torch._ops.OpOverload):
-        places = [n for n, a in enumerate(node.target._schema.arguments) if a.is_write]
-        changed = [argument(node, n, node.target._schema.arguments[n].name) for n in places]
+    changed = changed_operands(node)
     if node.op == "call_module" or not changed or None in given:
         return False
     return all(isinstance(x, Node) and (held := memory(x)) and not held & given for x in changed)
+
+
+def changed_operands(node: Node) -> list[Any]:
+    """What a node that writes changes."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        return [argument(node, n, a.name) for n, a in enumerate(arguments) if a.is_write]
+    return [node.kwargs["out"]] if "out" in node.kwargs else list(node.args[:1])
 
 
 def _returned(output: Node, operator: str) -> list[Node]:

@@ -218,7 +218,10 @@ def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, tra
 
 
 def _remove_dead(graph: GraphModule) -> None:
-    """Remove what the rewrites left without users; random and mutating operations stay."""
+    """Remove what the rewrites left without users; random and mutating operations stay.
+
+    Bodies of operators are left alone: torch's own removal goes into them too, and takes writes by methods for dead.
+    """
 
     def impure(node: Node) -> bool:
         if node.op in ("placeholder", "output"):
@@ -227,7 +230,9 @@ def _remove_dead(graph: GraphModule) -> None:
             return False
         return bool(node.is_impure())
 
-    graph.graph.eliminate_dead_code(impure)
+    for node in reversed(graph.graph.nodes):
+        if not node.users and not impure(node):
+            graph.graph.erase_node(node)
     graph.graph.lint()
     graph.recompile()
 

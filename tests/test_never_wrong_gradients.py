@@ -158,3 +158,71 @@ def test_dropout_before_the_softmax_is_kept() -> None:
         return F.dropout(scores_of(q, k), 0.3, training=True).softmax(-1) @ v
 
     assert agree(f, *heads(), seed=5).site.verdict == "kept"
+
+
+# --- writes that autograd does not see --------------------------------------------------------------------------------
+
+
+def test_a_detached_tensor_that_takes_a_gradient_by_a_write() -> None:
+    """Kosmos-2.5's positions: what goes on is detached, and the embedding that is added to it learns."""
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            positions = (torch.arange(16.0)[:, None] * 0.1).expand(16, 8).mul(1.0).view(16, 8).detach()
+        positions += learned
+        return scores_of(q, k * positions).softmax(-1) @ v
+
+    assert agree(f, *heads(), torch.randn(1, 8, requires_grad=True)).site.verdict == "rewritten"
+
+
+class _Written(torch.nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.scale = torch.nn.Parameter(torch.tensor([0.5, 3.0, -4.0, 1.0, 0.1, 0.2, 2.0, 0.7]))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        hidden = k * 2.0
+        if self.way == "data of a parameter":  # Gemma 3n
+            self.scale.data.clamp_(-1.5, 1.5)
+        elif self.way == "parameter without gradients":
+            with torch.no_grad():
+                self.scale.mul_(0.5)
+        elif self.way == "detached, and the base goes on":
+            hidden.detach()[:, :, 3:5] *= 0.25
+        elif self.way == "view without gradients":
+            with torch.no_grad():
+                hidden[:, 0].zero_()
+        return scores_of(q * self.scale, hidden).softmax(-1) @ v
+
+
+_WAYS = (
+    "data of a parameter",
+    "parameter without gradients",
+    "detached, and the base goes on",
+    "view without gradients",
+)
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_writes_that_autograd_does_not_see(way: str) -> None:
+    """The memory changes, the gradients are those of what was written before; the graph is left as it is."""
+    assert agree(_Written(way), *heads(), calls=2).verdicts == ["fallback hidden-write"]
+
+
+def test_writes_without_gradients_of_their_own_do_no_harm() -> None:
+    """Buffers, and tensors that no gradient flows through."""
+
+    class Counted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.nn.Buffer(torch.zeros(8))
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.seen.mul_(0.9).add_(k.mean((0, 1, 2)), alpha=0.1)
+            offset = k.detach().clone()
+            offset[:, :, ::2] = 0
+            return scores_of(q, k + offset + self.seen).softmax(-1) @ v
+
+    assert agree(Counted(), *heads(), calls=2).site.verdict == "rewritten"
