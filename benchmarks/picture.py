@@ -149,7 +149,7 @@ def _panel(panel: Panel) -> list[str]:
 
 def _step(highest: float) -> float:
     """Between two lines of the grid: three to six of them."""
-    size = 10 ** math.floor(math.log10(highest))
+    size = 10.0 ** math.floor(math.log10(highest))
     return next(s for s in (size / 5, size / 2, size, 2 * size) if highest / s <= 6)
 
 

@@ -235,7 +235,8 @@ def document_mods(sizes: Sizes, extra: Extra) -> tuple[None, Mod]:
 
 
 def document_lengths(sizes: Sizes, extra: Extra) -> Tensor:
-    return torch.unique_consecutive(extra["ids"][0], return_counts=True)[1]
+    counts: Tensor = torch.unique_consecutive(extra["ids"][0], return_counts=True)[1]
+    return counts
 
 
 # Batches of sequences of unlike lengths, padded to the longest.
