@@ -64,7 +64,7 @@ def cross_compile(
     """Compile kernels of a generated source for a GPU that need not be here.
 
     Args:
-        source: the generated module's text.
+        source: the generated module's text, Triton's or Gluon's.
         kernels: kernel name → argument name → Triton type, such as ``*bf16`` or ``i32``.
         target: a ``triton.backends.compiler.GPUTarget``, such as ``GPUTarget("cuda", 90, 32)``.
         constants: kernel name → argument name → value, for arguments that are specialised (a stride of 1).
@@ -82,7 +82,6 @@ def cross_compile(
     if interprets():
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and can't be compiled")
     import triton
-    from triton.compiler import ASTSource
 
     name = hashlib.sha256(source.encode()).hexdigest()
     module = run_module(name, KERNEL_FILE, source.encode())
@@ -100,7 +99,7 @@ def cross_compile(
                 if kind.startswith("*") or (a in even and kind != "constexpr")
             }
             compiled[kernel] = triton.compile(
-                ASTSource(
+                _source_class(function)(
                     fn=function, signature=types, constexprs={(order[a],): v for a, v in fixed.items()}, attrs=aligned
                 ),
                 target=target,
@@ -110,6 +109,17 @@ def cross_compile(
     finally:
         sys.modules.pop(module.__name__, None)
         linecache.cache.pop(module.__file__ or "", None)
+
+
+def _source_class(function: Any) -> Any:
+    """Triton's class for the source of a kernel, which may be one of Gluon's."""
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def signature_of(names: Sequence[str], pointers: Mapping[str, str]) -> dict[str, str]:

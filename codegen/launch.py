@@ -45,6 +45,13 @@ class Code:
             self.direct = direct_call(compiled)
             self._compiled = compiled
 
+    def resources(self) -> dict[str, int] | None:
+        """Registers of a thread, how many of them are spilled, bytes of shared memory; None before the first launch."""
+        built = self._compiled
+        if built is None:
+            return None
+        return {"registers": built.n_regs, "spills": built.n_spills, "shared": built.metadata.shared}
+
 
 class Launch:
     """A kernel (a ``triton.jit`` function) with its number of warps and pipeline stages (None: Triton's own)."""
@@ -114,6 +121,10 @@ class PreparedLaunch:
         # Of each descriptor, what stands for it in the arguments, by address: shape and strides are fixed.
         self._maps: tuple[dict[int, list[Any]], ...] = tuple({} for _ in boxes)
 
+    def resources(self) -> dict[str, int] | None:
+        """As of `Code`; None in the interpreter."""
+        return self._code.resources()
+
     def __call__(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], stream: int) -> None:
         """pointers: the addresses of `tensors`. stream: of the current device; read only where there is one."""
         direct = self._code.direct
@@ -161,12 +172,16 @@ def describable(tensor: torch.Tensor) -> bool:
 
 
 class Boxes:
-    """Tensor descriptors over (1, 1, rows, width) boxes of tensors with four dimensions that are `describable`."""
+    """Tensor descriptors over (1, 1, rows, width) boxes of tensors with four dimensions that are `describable`.
 
-    __slots__ = ("_block", "_first", "_type")
+    gluon: for a kernel in Gluon, whose descriptors say how a box lies in shared memory.
+    """
 
-    def __init__(self, rows: int, width: int) -> None:
+    __slots__ = ("_block", "_first", "_gluon", "_type")
+
+    def __init__(self, rows: int, width: int, gluon: bool = False) -> None:
         self._block = [1, 1, rows, width]
+        self._gluon = gluon
         self._type: Any = None
         self._first: dict[str, Any] = {}
 
@@ -178,10 +193,8 @@ class Boxes:
         ]
         strides.append(1)
         if not self._first:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            self._type = TensorDescriptor
-            made = TensorDescriptor(tensor, shape, strides, self._block)
+            made = self._checked(tensor, shape, strides)
+            self._type = type(made)
             self._first = {
                 name: value for name, value in vars(made).items() if name not in ("base", "shape", "strides")
             }
@@ -190,3 +203,20 @@ class Boxes:
         box = object.__new__(self._type)
         box.__dict__.update(self._first, base=tensor, shape=shape, strides=strides)
         return box
+
+    def _checked(self, tensor: torch.Tensor, shape: list[int], strides: list[int]) -> Any:
+        if not self._gluon:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            return TensorDescriptor(tensor, shape, strides, self._block)
+        from triton.experimental.gluon.nvidia import hopper
+
+        return hopper.TensorDescriptor(tensor, shape, strides, self._block, box_layout(self._block, tensor.dtype))
+
+
+def box_layout(block: list[int], dtype: torch.dtype) -> Any:
+    """How a box lies in shared memory: swizzled, as the tensor cores read it."""
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(block, element)

@@ -339,8 +339,8 @@ class SpanTexts:
 
 def span_texts(plan: Plan, printer: Printer, tensor: str) -> SpanTexts:
     """For a tile of queries (`KEY_SPANS`) or of keys (`QUERY_SPANS`), which the printer knows as a column."""
-    rows = "BLOCK_M" if tensor == KEY_SPANS else "BLOCK_N"
+    column = "i" if tensor == KEY_SPANS else "j"
     texts = []
     for load, pick in zip(span_reads(plan.spec, tensor), ("min", "max", "max", "min"), strict=True):
-        texts.append(f"tl.{pick}({printer.value(load)} + tl.zeros(({rows}, 1), tl.int32))")
+        texts.append(f"tl.{pick}(tl.{pick}({printer.value(load)} + 0 * {column}, 1), 0)")
     return SpanTexts(*texts)

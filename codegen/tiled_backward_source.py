@@ -8,7 +8,7 @@ that a value reads gets ``g * d program / d c``, added up over all pairs that re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,17 +168,14 @@ def backward_source(plan: Plan, descriptors: bool = False) -> str:
     slope = score_derivative(spec)
     learned = learned_reads(spec, spec.program, "p")
     functions: set[str] = set()
-    by_row = tuple(x for x in learned if "j" not in x.axes)
-    by_key = tuple(x for x in learned if "j" in x.axes and not x.by_pair)
     kernels = {
         "prepare": _prepare(plan, functions),
-        "keys": _keys(plan, exponent, slope, by_key, functions),
-        "queries": _queries(plan, exponent, slope, by_row, functions),
+        "keys": keys_context(plan, exponent, slope, learned, functions, plan.params["keys"]),
+        "queries": queries_context(plan, exponent, slope, learned, functions, plan.params["queries"]),
         "pairs": [
             _pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(x for x in learned if x.by_pair)
         ],
     }
-    scale = f" * {float(slope.value)!r}" if isinstance(slope, Const) and slope != Const(1.0) else ""
     return render(
         BACKWARD,
         **common_context(plan),
@@ -188,8 +185,13 @@ def backward_source(plan: Plan, descriptors: bool = False) -> str:
         functions=functions,
         program=program_context(exponent),
         spread=has_spread(spec),
-        derivative_scale=scale,
+        derivative_scale=scale_text(slope),
     )
+
+
+def scale_text(slope: Expr) -> str:
+    """What the sums of ``queries`` and ``keys`` are multiplied with at their end: a derivative that is a number."""
+    return f" * {float(slope.value)!r}" if isinstance(slope, Const) and slope != Const(1.0) else ""
 
 
 _QUERY_LEVELS = (
@@ -277,7 +279,7 @@ def _prepare(plan: Plan, functions: set[str]) -> dict[str, Any] | None:
     printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
     low, high = (printer.value(e) for e in ranges)
     context = {
-        **_blocks(plan, "prepare"),
+        **_blocks(plan.params["prepare"]),
         "low": low,
         "high": high,
         "sink": None if sink is None else printer.value(sink),
@@ -291,10 +293,17 @@ def _prepare(plan: Plan, functions: set[str]) -> dict[str, Any] | None:
     return context
 
 
-def _queries(
-    plan: Plan, exponent: Exponent, slope: Expr, learned: tuple[Learned, ...], functions: set[str]
+def queries_context(
+    plan: Plan,
+    exponent: Exponent,
+    slope: Expr,
+    learned: tuple[Learned, ...],
+    functions: set[str],
+    tile: Mapping[str, int],
 ) -> dict[str, Any]:
+    """What ``queries`` is rendered with. Of the learned reads it takes those that no key has a part in."""
     proof = plan.proof
+    learned = tuple(x for x in learned if "j" not in x.axes)
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     data = uses_spans(plan)
     roots = [*_roots(plan, exponent, slope, learned), *ranges, *(span_reads(plan.spec, KEY_SPANS) if data else ())]
@@ -305,7 +314,7 @@ def _queries(
             span_texts(plan, printer, KEY_SPANS), low, inner_low, inner_high, high
         )
     items = [_item(printer, x, "i") for x in learned]
-    blocks = _blocks(plan, "queries")
+    blocks = _blocks(tile)
     length = static_length(plan.spec, "j")
     whole = proof.key_hi == plan.spec.size("j") and length is not None and length % blocks["block_n"] == 0
     # A query beyond the end must not add to sums over queries.
@@ -334,10 +343,17 @@ def _queries(
     }
 
 
-def _keys(
-    plan: Plan, exponent: Exponent, slope: Expr, learned: tuple[Learned, ...], functions: set[str]
+def keys_context(
+    plan: Plan,
+    exponent: Exponent,
+    slope: Expr,
+    learned: tuple[Learned, ...],
+    functions: set[str],
+    tile: Mapping[str, int],
 ) -> dict[str, Any]:
+    """What ``keys`` is rendered with. Of the learned reads it takes those by key."""
     spec, proof = plan.spec, plan.proof
+    learned = tuple(x for x in learned if "j" in x.axes and not x.by_pair)
     levels = (
         Level("t", frozenset(("b", "j", "j_first", "j_last"))),
         Level("y", frozenset(("h",))),
@@ -350,9 +366,10 @@ def _keys(
     printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks)
     low, high = (printer.value(e) for e in ranges)
     items = [_item(printer, x, "j") for x in learned]
-    blocks = _blocks(plan, "keys")
+    blocks = _blocks(tile)
     length = static_length(spec, "i")
-    whole = proof.query_hi == spec.size("i") and length is not None and length % blocks["block_m"] == 0
+    even = length is not None and length % blocks["block_m"] == 0
+    whole = proof.query_hi == spec.size("i") and even
     searches = []
     if proof.key_hi != spec.size("j"):
         searches.append(_search(plan, gt(at(proof.key_hi, "i_middle"), Axis("j_last")), "inner_low", functions))
@@ -373,7 +390,7 @@ def _keys(
         "searches": searches,
         "learned": items,
         "inner_body": _body(inner, plan, exponent, slope, learned, ranges=False),
-        "edge_body": _body(edge, plan, exponent, slope, learned, ranges=True, tests=("i_ok",)),
+        "edge_body": _body(edge, plan, exponent, slope, learned, ranges=True, tests=() if even else ("i_ok",)),
         "tile_lines": printer.lines(0),
         "head_lines": printer.lines(1),
         "phases": {
@@ -431,7 +448,7 @@ def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set
     table = _table_dimension(spec, x) if diagonal is None else diagonal
     item = _item(after, x, "i") if diagonal is None else {"name": x.name, "tensor": x.load.tensor}
     context: dict[str, Any] = {
-        **_blocks(plan, "pairs"),
+        **_blocks(plan.params["pairs"]),
         "name": name,
         "item": item,
         "text": str(x.load),
@@ -500,6 +517,5 @@ def pair_kernels(spec: AttentionSpec) -> tuple[Learned, ...]:
     return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair)
 
 
-def _blocks(plan: Plan, kernel: str) -> dict[str, Any]:
-    tile = plan.params[kernel]
+def _blocks(tile: Mapping[str, int]) -> dict[str, Any]:
     return {"block_m": tile["block_m"], "block_n": tile["block_n"]}

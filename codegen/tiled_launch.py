@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attncomp.codegen.compile import kernel_module
+from attncomp.codegen.hopper_backward_source import hopper_backward_source, hopper_kernels
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
@@ -34,14 +35,14 @@ BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
 
 
 class Kernel:
-    """A loaded kernel and where its arguments come from."""
+    """A loaded kernel and where its arguments come from. gluon: it is one of Gluon's."""
 
     __slots__ = ("_arguments", "_boxes", "_launch", "_strides", "block_m", "block_n")
 
-    def __init__(self, function: Any, arguments: Arguments, tile: Mapping[str, int]) -> None:
+    def __init__(self, function: Any, arguments: Arguments, tile: Mapping[str, int], gluon: bool = False) -> None:
         self._launch = Launch(function, tile["num_warps"], tile["num_stages"])
         self._arguments = arguments
-        self._boxes = [(d.tensor, Boxes(tile[d.rows], d.width)) for d in arguments.described]
+        self._boxes = [(d.tensor, Boxes(tile[d.rows], d.width, gluon)) for d in arguments.described]
         self._strides = [(t, dim) for t, dim, _ in arguments.strides]
         self.block_m = tile["block_m"]
         self.block_n = tile["block_n"]
@@ -99,17 +100,24 @@ class Launcher:
         name = f"tiled {direction}, {plan.proof.text}"
         module = kernel_module(source(plan, descriptors), name=name, variant="tiled", key=self._key)
         taken = arguments(plan, descriptors)
-        return {kernel: Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
+        made = {kernel: Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
+        if direction == "backward" and descriptors and hopper_kernels(plan):
+            name += ", for Hopper"
+            module = kernel_module(hopper_backward_source(plan), name=name, variant="tiled", key=self._key)
+            for kernel in hopper_kernels(plan):
+                made[kernel] = Kernel(getattr(module, kernel), taken, plan.params[f"hopper_{kernel}"], gluon=True)
+        return made
 
-    def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> list[PreparedLaunch]:
-        """What writes ``out`` and ``stat``."""
+    def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
+        """What writes ``out`` and ``stat``, by kernel."""
         batch, heads, queries, _ = named["q"].shape
         kernel = self._load("forward", named)["forward"]
         grid = _tiles(queries, kernel.block_m) * batch * heads
-        return [kernel.prepare(grid, named, {"TQ": queries, "TK": named["k"].shape[2]}, sizes)] if grid else []
+        lengths = {"TQ": queries, "TK": named["k"].shape[2]}
+        return {"forward": kernel.prepare(grid, named, lengths, sizes)} if grid else {}
 
-    def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> list[PreparedLaunch]:
-        """What writes ``dq``, ``dk``, ``dv``, and adds to the gradient ``gX`` of each learned tensor X."""
+    def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
+        """What writes ``dq``, ``dk``, ``dv``, and adds to the gradient ``gX`` of each learned tensor X, by kernel."""
         batch, heads, queries, _ = named["q"].shape
         key_heads, keys = named["k"].shape[1:3]
         lengths = {"TQ": queries, "TK": keys, "NB": batch}
@@ -125,7 +133,7 @@ class Launcher:
             diagonal = at_distance(x.load) is not None
             tiles = down * across if not diagonal else max(down + across - 1, 0)
             grids[name] = tiles * kept
-        return [kernels[name].prepare(grid, named, lengths, sizes) for name, grid in grids.items() if grid]
+        return {name: kernels[name].prepare(grid, named, lengths, sizes) for name, grid in grids.items() if grid}
 
 
 class PreparedCall:
@@ -215,7 +223,7 @@ class Kernels:
             "out": meta((batch, queries, heads, v.shape[-1]), q.dtype),
             "stat": meta((batch, heads, queries) if with_lse else (0,), torch.float32),
         }
-        launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes)]
+        launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes).values()]
         made["out"] = made["out"].transpose(1, 2)
         return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches)
 
@@ -237,7 +245,7 @@ class Kernels:
         outputs = [Output(t, q.device, zeroed=name.startswith("g")) for name, t in made.items()]
         rows = {name: meta((batch, heads, queries), torch.float32) for name in ("delta", "shifts", "spreads")}
         outputs += [Output(t, q.device) for t in rows.values()]
-        launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes)]
+        launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes).values()]
         return PreparedCall(q.device, outputs, launches)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
+from attncomp.codegen.tiled_backward_source import has_spread
 from attncomp.codegen.tiled_source import exponent_of, width_parts
 from attncomp.cost import Work
 from attncomp.expr import TRUE, ZERO, Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
@@ -51,6 +54,39 @@ def has_descriptors(spec: AttentionSpec, hardware: Hardware) -> bool:
     # Boxes whose rows are swizzled differently (less than 128 bytes beside 128) made Triton 3.6 read out of bounds.
     alike = len({min(p.width, 64) for p in parts}) == 1
     return tile_family(spec, hardware) == "hopper" and alike and not any(p.tail for p in parts)
+
+
+_GLUON = ((3, 6), (3, 9))
+"""Versions of Triton whose Gluon the kernels for Hopper are known to compile with: it is no stable interface."""
+_HOPPER_WIDTHS = (64, 128)
+_NOT_IN_GLUON = ("sigmoid",)
+
+
+def knows_gluon() -> bool:
+    """Whether the installed Triton's Gluon is one that the kernels for Hopper were made for."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except (PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) in _GLUON
+
+
+def hopper_backward_tiles(spec: AttentionSpec, hardware: Hardware) -> dict[str, Tile]:
+    """The tiles of the backward kernels that are made for Hopper, under their parameters' names; none where the plain
+    ones serve: another device, dtype, width or normaliser. Measured by benchmarks/tiles.py.
+    """
+    if hardware.capability != (9, 0) or not has_descriptors(spec, hardware) or not knows_gluon():
+        return {}
+    if spec.normaliser.kind != "softmax" or not {spec.size("d"), spec.size("e")} <= {Const(w) for w in _HOPPER_WIDTHS}:
+        return {}
+    operations = {n.name for e in (spec.program, spec.mask) for n in walk(e) if isinstance(n, Op)}
+    if not contains(spec.program, Score) or operations & set(_NOT_IN_GLUON):
+        return {}
+    keys: Tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+    queries = keys
+    if Const(128) in (spec.size("d"), spec.size("e")) and (spec.dropout > 0 or has_spread(spec)):
+        keys = {**keys, "block_m": 32, "num_stages": 3}  # more vectors beside the sums: else registers are spilled
+    return {"hopper_keys": keys, "hopper_queries": queries}
 
 
 def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> dict[str, Tile]:
@@ -149,7 +185,10 @@ _SPECIAL |= {"tanh": 2, "sigmoid": 2, "sin": 2, "cos": 2, "erf": 2, "pow": 2}
 _KERNEL_EFFICIENCY = {"hopper": 0.52, "hopper, narrow": 0.44, "ampere": 0.55, "float32": 0.3}
 """Fraction of the peak rate that the kernels' contractions reach. Hopper: measured on an H100 (torch 2.11, Triton 3.6,
 bf16, 16 heads of 16k tokens): forward 525 to 539 TFLOP/s at width 128 and 433 to 460 at 64; the seven products
-of the backward 496 and 465. The others are prior estimates, to be calibrated."""
+of the plain backward 496 and 465. The others are prior estimates, to be calibrated."""
+_HOPPER_BACKWARD_EFFICIENCY = {"hopper": 0.71, "hopper, narrow": 0.59}
+"""The same of the backward kernels made for Hopper. Measured by benchmarks/tiles.py at 4k tokens: ``keys`` 731 TFLOP/s
+at width 128 and 590 at 64, ``queries`` 731 and 612."""
 
 
 HOST_LAUNCHES = {"forward": 6, "backward": 15}
@@ -177,6 +216,8 @@ one query of 32 heads on 8 (benchmarks/decode.py): 32 programs drew 1.3 TB/s, 25
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
     """What the kernels do: contractions and exponentials of the visited tiles, and memory traffic.
 
+    tiles: of all kernels; those that are made for Hopper run in the plain ones' place.
+
     Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2,
     which is fast, but not without a limit: a single query of many heads is bound by it. A short grid leaves
     multiprocessors idle.
@@ -193,10 +234,12 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
     family = tile_family(spec, request.hardware)
     narrow = family == "hopper" and max(d, e) < 128
-    efficiency = _KERNEL_EFFICIENCY["hopper, narrow" if narrow else family]
+    kind = "hopper, narrow" if narrow else family
 
     def kernel(name: str, products: float, traffic: float) -> Work:
-        tile = tiles[name]
+        made_for_hopper = tiles.get(f"hopper_{name}")
+        tile = made_for_hopper or tiles[name]
+        efficiency = (_HOPPER_BACKWARD_EFFICIENCY if made_for_hopper else _KERNEL_EFFICIENCY)[kind]
         programs = b * kv_heads * -(-j // tile["block_n"]) if name == "keys" else b * h * -(-i // tile["block_m"])
         compute, bandwidth = grid_shares(programs, request.hardware)
         traffic += pairs * elements

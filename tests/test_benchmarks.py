@@ -107,6 +107,16 @@ def test_kernels() -> None:
     assert max(errors) < 1e-5
 
 
+def test_tiles() -> None:
+    said = interpreted("benchmarks/tiles.py", *TINY, "--cases", "causal,t5 bias", "--kernels", "keys,pairs_0")
+    head, *found = rows(said)
+    cells = [dict(zip(head, row, strict=True)) for row in found]
+    kernels = [(c["case"].split(",")[0], c["kernel"]) for c in cells]
+    assert kernels == [x for x in (("causal", "keys"), ("t5 bias", "keys"), ("t5 bias", "pairs_0")) for _ in range(2)]
+    assert max(float(c["error against chosen"]) for c in cells) < 1e-5
+    assert sum("chosen now" in c["tile: m x n"] for c in cells) == 3
+
+
 def test_decode() -> None:
     said = interpreted("benchmarks/decode.py", *TINY, "--cases", "B1 32k;B8 1k to 32k", "--tile", "block_n=16")
     found = rows(said)[1:]

@@ -12,6 +12,7 @@ import torch
 
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.dropout import seeded, with_seed
+from attncomp.codegen.hopper_backward_source import hopper_backward_source
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.spans import has_spans, spans_work, with_spans
@@ -25,7 +26,7 @@ from attncomp.codegen.tiled_backward_source import (
 )
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import dropped_below, forward_source
-from attncomp.codegen.tiled_tiles import has_descriptors, tile_parameters, tiled_work
+from attncomp.codegen.tiled_tiles import has_descriptors, hopper_backward_tiles, tile_parameters, tiled_work
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
@@ -67,6 +68,9 @@ class Tiled:
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
+        if request.spec.training and params["descriptors"]:
+            tiles |= hopper_backward_tiles(request.spec, request.hardware)
+            params |= tiles
         if has_spans(request):
             params["spans"] = True
         try:
@@ -74,6 +78,7 @@ class Tiled:
             forward_source(plan)
             if request.spec.training:
                 backward_source(plan)
+                hopper_backward_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
         work = tiled_work(request, tiles, params["precision"])

@@ -1,0 +1,75 @@
+"""The source of ``keys`` and ``queries`` for Hopper, in Gluon, Triton's lower level.
+
+They compute what those of `tiled_backward_source` do, from the same bodies, and take the same arguments. In Triton each
+product of a step ends before anything that follows in the program begins, and the next tiles are fetched at the end of
+a step. Here dO Vᵀ runs while the weights are computed, the products into the sums run into the next step, and tiles are
+fetched as soon as the step before has left their place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attncomp.codegen.render import render
+from attncomp.codegen.tiled_backward_source import (
+    backward_arguments,
+    backward_exponent,
+    has_spread,
+    keys_context,
+    learned_reads,
+    queries_context,
+    scale_text,
+    score_derivative,
+)
+from attncomp.codegen.tiled_source import Exponent, common_context, program_context
+from attncomp.plan import Plan
+
+HOPPER_BACKWARD = "hopper_backward.py.jinja"
+HOPPER_KERNELS = ("keys", "queries")
+
+
+def hopper_kernels(plan: Plan) -> tuple[str, ...]:
+    """The kernels of a plan that have a tile for Hopper: the parameter ``hopper_`` and their name."""
+    return tuple(name for name in HOPPER_KERNELS if f"hopper_{name}" in plan.params)
+
+
+def hopper_backward_source(plan: Plan) -> str:
+    """The module with `hopper_kernels` of `plan`, whose tensors are descriptors.
+
+    Raises:
+        UnprintableError: an expression has no Triton form.
+        NoDerivativeError: a gradient is needed that has no rule.
+    """
+    spec = plan.spec
+    exponent = backward_exponent(spec)
+    slope = score_derivative(spec)
+    learned = learned_reads(spec, spec.program, "p")
+    functions: set[str] = set()
+    kernels: dict[str, Any] = dict.fromkeys(HOPPER_KERNELS)
+    for name in hopper_kernels(plan):
+        tile = plan.params[f"hopper_{name}"]
+        context = keys_context if name == "keys" else queries_context
+        kernels[name] = context(plan, exponent, slope, learned, functions, tile)
+        kernels[name] |= {"warps": tile["num_warps"], "stages": tile["num_stages"], "held": bool(tile.get("held"))}
+    return render(
+        HOPPER_BACKWARD,
+        **common_context(plan),
+        **kernels,
+        descriptors=True,
+        dtype=spec.dtype,
+        arguments=backward_arguments(plan, True).names,
+        functions=functions,
+        program=program_context(exponent),
+        spread=has_spread(spec),
+        started=_start(exponent),
+        derivative_scale=scale_text(slope),
+    )
+
+
+def _start(exponent: Exponent) -> str:
+    """What makes of a row's shift that which the sum of a score begins with; empty where it must begin with 0.
+
+    A scale that is next to nothing would make more of it than float32 holds.
+    """
+    usable = exponent.scale is not None and exponent.scale > 1e-6
+    return repr(-1.0 / exponent.scale) if usable and exponent.scale is not None else ""

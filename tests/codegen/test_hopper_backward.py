@@ -1,0 +1,326 @@
+"""The backward kernels for Hopper: who gets them, their source, their numbers and their order, and how they compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attncomp.codegen import tiled_launch, tiled_tiles
+from attncomp.codegen.compile import cross_compile, has_triton, interprets, kernel_module, signature_of
+from attncomp.codegen.hopper_backward_source import HOPPER_KERNELS, hopper_backward_source, hopper_kernels
+from attncomp.codegen.launch import Boxes, box_layout
+from attncomp.codegen.spans import spanned_plan
+from attncomp.codegen.tiled_backward_source import backward_arguments
+from attncomp.codegen.tiled_tiles import hopper_backward_tiles
+from attncomp.codegen.variants.tiled import TILED
+from attncomp.expr import Const, Score, op
+from attncomp.hardware import A100_80GB, H100_SXM, Hardware
+from attncomp.passes.prove import prove
+from attncomp.plan import Plan
+from attncomp.spec import AttentionSpec, Normaliser, TensorInfo, plain_spec
+from attncomp.variant import Offer, Request
+from tests.codegen import spans_runs
+from tests.codegen.tiled_runs import SMALL_TILE, errors, find, plan_of, small_tiles, with_dtype
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+_EMULATED = (
+    "plain", "causal", "window", "causal_window", "grouped_heads", "one_key_head", "softcap", "alibi_learned",
+    "learned_scale", "dense_bias_shared", "bias_table", "distance_table_learned", "key_bias_learned", "padding_zero",
+    "padding_finfo_min", "padding_float_minus_inf", "documents", "sink", "offset", "short_keys", "one_query", "float16",
+    "odd_functions", "stripes", "proven_image", "proven_local_or_summary", "symbolic", "dropout_grouped_heads",
+    "dropout_softcap", "dropout_sink", "dropout_symbolic",
+)  # fmt: skip
+_QUICK = ("plain", "causal_window", "grouped_heads", "alibi_learned", "documents", "symbolic", "dropout_softcap")
+
+
+# -- who gets them ---------------------------------------------------------------------------------------------------
+
+
+def _spec(width: int = 128, dtype: str = "bfloat16", **changes: Any) -> AttentionSpec:
+    sizes = {"batch": 2, "heads": 2, "query": 4096, "key": 4096}
+    return plain_spec(**{**sizes, "width": width, "dtype": dtype, "training": True, **changes})
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_taken(width: int, dtype: str) -> None:
+    assert set(hopper_backward_tiles(_spec(width, dtype), H100_SXM)) == {"hopper_keys", "hopper_queries"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "hardware"),
+    [
+        ({}, A100_80GB),
+        ({}, dataclasses.replace(H100_SXM, capability=(10, 0))),
+        ({"dtype": "float32"}, H100_SXM),
+        ({"width": 72}, H100_SXM),
+        ({"width": 32}, H100_SXM),
+        ({"width": 256}, H100_SXM),
+        ({"normaliser": Normaliser("none")}, H100_SXM),
+        ({"program": Const(0.5)}, H100_SXM),
+        ({"program": op("sigmoid", Score())}, H100_SXM),
+    ],
+)
+def test_left_to_the_plain_kernels(changes: dict[str, Any], hardware: Hardware) -> None:
+    assert hopper_backward_tiles(_spec(**changes), hardware) == {}
+
+
+def test_an_unknown_triton_has_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_tiles, "version", lambda name: "3.12.0")
+    assert hopper_backward_tiles(_spec(), H100_SXM) == {}
+
+
+def test_only_in_training() -> None:
+    case = find("causal")
+    for training in (False, True):
+        spec = _spec(training=training, mask=case.spec.mask)
+        hints = dict(zip("bhijde", (2, 2, 4096, 4096, 128, 128), strict=True))
+        offer = TILED.accept(Request(spec, case.proof, "cuda", H100_SXM, hints))
+        assert isinstance(offer, Offer)
+        assert bool(hopper_kernels(Plan(spec, case.proof, "tiled", offer.params))) == training
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _tiles(stages: int = 2, held: int = 0) -> dict[str, dict[str, int]]:
+    return {f"hopper_{name}": {**SMALL_TILE, "num_stages": stages, "held": held} for name in HOPPER_KERNELS}
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi_learned", "dropout_softcap"])
+def test_sources_are_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"hopper_backward_{name}", hopper_backward_source(plan_of(find(name), "cuda", _tiles())))
+
+
+def test_whole_tiles_are_not_tested() -> None:
+    spec = _spec(query=128, key=128)
+    whole = dataclasses.replace(find("plain").proof, key_hi=spec.size("j"), query_hi=spec.size("i"))
+    plan = Plan(spec, whole, "tiled", {**plan_of(find("plain"), "cuda").params, **_tiles()})
+    assert "allowed" not in hopper_backward_source(plan)
+    ragged = _spec(query=120, key=120)
+    proof = dataclasses.replace(whole, key_hi=ragged.size("j"), query_hi=ragged.size("i"))
+    assert hopper_backward_source(dataclasses.replace(plan, spec=ragged, proof=proof)).count("allowed = ") == 2
+
+
+# -- numbers and order -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def emulated(change: tuple[str, str] | None = None) -> Iterator[None]:
+    """Kernels for Hopper run on `gluon_on_a_cpu`. change: a text of their source, and another."""
+    from tests.codegen import gluon_on_a_cpu
+
+    made: list[str] = []
+
+    def module(source: str, **more: Any) -> Any:
+        if "gluon" in source:
+            source = gluon_on_a_cpu.brought_here(source)
+            if change is not None:
+                assert change[0] in source
+                source = source.replace(*change)
+            made.append(source)
+            gluon_on_a_cpu.under_way.clear()
+        return kernel_module(source, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiled_launch, "kernel_module", module)
+        patched.setattr(tiled_launch, "Boxes", lambda rows, width, gluon: Boxes(rows, width))
+        yield
+    assert made
+
+
+def _for_hopper(plan: Plan, stages: int, held: int) -> Plan:
+    plan = small_tiles(plan)
+    return dataclasses.replace(plan, params={**plan.params, "descriptors": True, **_tiles(stages, held)})
+
+
+def emulated_errors(name: str, stages: int, held: int, change: tuple[str, str] | None = None) -> dict[str, float]:
+    case = find(name)
+    with emulated(change):
+        return errors(case, _for_hopper(plan_of(case, "cpu"), stages, held), "cpu")
+
+
+def emulated_spans(name: str) -> dict[str, float]:
+    """Of kernels whose ranges come from data."""
+    case = spans_runs.case_of(spans_runs.find(name))
+    with emulated():
+        return spans_runs.built_errors(case, _for_hopper(plan_of(case, "cpu", {"spans": True}), 2, 0), "cpu")
+
+
+def _emulated() -> list[Any]:
+    return [pytest.param(n, marks=() if n in _QUICK else pytest.mark.slow) for n in _EMULATED]
+
+
+@pytest.mark.parametrize(("stages", "held"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", _emulated())
+def test_gradients_match_the_reference(
+    name: str, stages: int, held: int, interpreter: Callable[..., dict[str, float]]
+) -> None:
+    found = interpreter(emulated_errors, name, stages, held)
+    limit = 3e-3 if find(name).spec.dtype == "float16" else 2e-5
+    assert {k: v for k, v in found.items() if not v <= limit} == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "documents" else pytest.mark.slow) for n in ("documents", "prefix", "nothing")],
+)
+def test_ranges_from_data(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(emulated_spans, name)
+    assert {k: v for k, v in found.items() if not v <= 2e-5} == {}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("count + PLACES - 1) % PLACES", "count) % PLACES", "what is being read"),
+        ("(count // PLACES) & 1", "1 - (count // PLACES) & 1", "is still coming"),
+        ("warpgroup_mma_wait(0, [dp_sum])", "warpgroup_mma_wait(1, [dp_sum])", "before its product ended"),
+        ("mbarrier.wait(own, 0)", "", "before it came"),
+        ("mbarrier.expect(own, BLOCK_N * 64)", "mbarrier.expect(own, BLOCK_N * 32)", "number of bytes"),
+    ],
+)
+def test_the_wrong_order_is_seen(right: str, wrong: str, says: str, interpreter: Callable[..., Any]) -> None:
+    with pytest.raises(Exception, match=says):
+        interpreter(partial(emulated_errors, change=(right, wrong)), "causal", 2, 0)
+
+
+# -- compiled --------------------------------------------------------------------------------------------------------
+
+_STACK = 16
+"""Bytes. Some compilers keep a number or two of the epilogue there; none of a tile."""
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32", "bool": "*i1"}
+
+
+def compiled(plan: Plan) -> dict[str, Any]:
+    import torch
+    from triton.backends.compiler import GPUTarget
+
+    spec, arguments = plan.spec, backward_arguments(plan, True)
+    element = _TYPES[spec.dtype]
+    kinds = {t.name: _TYPES[t.dtype] for t in spec.tensors} | dict.fromkeys(("out", "grad", "dq", "dk", "dv"), element)
+    kinds |= dict.fromkeys(("stat", "delta", "shifts", "spreads"), "*fp32")
+    kinds |= {f"g{t.name}": "*fp32" for t in spec.captured} | {"holds": "*i1", "dropout_seed": "*i64"}
+    made: dict[str, Any] = {}
+    for name in hopper_kernels(plan):
+        tile = plan.params[f"hopper_{name}"]
+        for d in arguments.described:
+            block = [1, 1, tile[d.rows], d.width]
+            kinds[d.name] = f"tensordesc<{element[1:]}{block},{box_layout(block, getattr(torch, spec.dtype))!r}>"
+        made |= cross_compile(
+            hopper_backward_source(plan),
+            {name: signature_of(arguments.names, kinds)},
+            GPUTarget("cuda", 90, 32),
+            options={name: {"num_warps": tile["num_warps"]}},
+        )
+    return made
+
+
+def dumped(binary: bytes, option: str, directory: Path) -> str:
+    """What cuobjdump, which comes with Triton, says of the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump")
+    (directory / "kernel.cubin").write_bytes(binary)
+    command = [str(tool), option, str(directory / "kernel.cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _long(name: str, width: int, dtype: str = "bfloat16", **changes: Any) -> Plan:
+    """A case's program and mask at the sizes that tiles are chosen for, in the form that a GPU runs."""
+    case = find(name)
+    old, t = case.spec.size("i"), Const(4000)
+    captured = tuple(
+        dataclasses.replace(x, shape=tuple(t if size == old else size for size in x.shape)) for x in case.spec.captured
+    )
+    heads = case.spec.size("h")
+    assert isinstance(heads, Const)
+    spec = _spec(
+        width, dtype, query=4000, key=4000, heads=int(heads.value), program=case.spec.program, mask=case.spec.mask,
+        normaliser=case.spec.normaliser, captured=captured, **changes,
+    )  # fmt: skip
+    key_hi, query_hi = (
+        spec.size(axis) if e == case.spec.size(axis) else e
+        for axis, e in (("j", case.proof.key_hi), ("i", case.proof.query_hi))
+    )
+    proof = dataclasses.replace(case.proof, key_hi=key_hi, query_hi=query_hi)
+    params = plan_of(find("plain"), "cuda").params
+    return Plan(spec, proof, "tiled", {**params, **hopper_backward_tiles(spec, H100_SXM)})
+
+
+_COMPILED = ("plain", "causal", "causal_window", "softcap", "alibi_learned", "documents", "sink", "dense_bias_shared")
+_QUICK_COMPILED = (("causal", 128), ("alibi_learned", 128), ("softcap", 64))
+
+
+def _fast(plan: Plan, directory: Path) -> None:
+    for kernel, built in compiled(plan).items():
+        assert built.metadata.shared <= 227 * 1024
+        stack = re.search(r"STACK:(\d+)", dumped(built.asm["cubin"], "-res-usage", directory))
+        assert stack is not None
+        assert int(stack[1]) <= _STACK, f"{kernel} spills"
+        # A wait that leaves a product under way: the compiler did not make every product wait for the one before.
+        assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in dumped(built.asm["cubin"], "-sass", directory), kernel
+
+
+@pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        pytest.param(n, w, marks=() if (n, w) in _QUICK_COMPILED else pytest.mark.slow)
+        for n in _COMPILED
+        for w in (64, 128)
+    ],
+)
+def test_compiles_without_spills_and_with_overlap(name: str, width: int, tmp_path: Path) -> None:
+    _fast(_long(name, width), tmp_path)
+
+
+@pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
+@pytest.mark.parametrize("width", [64, 128])
+def test_ranges_from_data_compile(width: int, tmp_path: Path) -> None:
+    ids = TensorInfo("c0", (Const(2), Const(4096)), "int64")
+    spec = _spec(width, mask=spans_runs.find("documents").mask, captured=(ids,))
+    params = {**plan_of(find("plain"), "cuda").params, **hopper_backward_tiles(spec, H100_SXM), "spans": True}
+    _fast(spanned_plan(Plan(spec, prove(spec.mask, spec.extents), "tiled", params)), tmp_path)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", [n for n in _EMULATED if n not in ("float16",)])
+def test_on_a_gpu(name: str, width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    rendered: list[Plan] = []
+
+    def source(plan: Plan) -> str:
+        rendered.append(plan)
+        return hopper_backward_source(plan)
+
+    monkeypatch.setattr(tiled_launch, "hopper_backward_source", source)
+    case = with_dtype(find(name), dtype)
+    tensors = tuple(dataclasses.replace(t, shape=(*t.shape[:3], Const(width))) for t in case.spec.tensors[:3])
+    sizes = (*case.spec.sizes[:4], Const(width), Const(width))
+    spec = dataclasses.replace(case.spec, sizes=sizes, tensors=(*tensors, *case.spec.captured))
+    case = dataclasses.replace(case, spec=spec)
+    found = errors(case, plan_of(case, "cuda"), "cuda")
+    assert rendered
+    tolerance = {"float16": 3e-3, "bfloat16": 3e-2}
+    limit = max(tolerance[dtype], *(tolerance.get(t.dtype, 0) for t in case.spec.captured), 0)
+    assert {k: v for k, v in found.items() if not v <= limit} == {}
