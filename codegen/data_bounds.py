@@ -73,13 +73,17 @@ def _atoms(terms: polynomial.Terms) -> Iterator[Expr]:
     return (atom for monomial in terms for atom in monomial)
 
 
-def bound_texts(bounds: DataBounds, printer: Printer, *, every_b: bool = False) -> dict[str, list[str]]:
+def bound_texts(
+    bounds: DataBounds, printer: Printer, *, every_b: bool = False, layout: str = ""
+) -> dict[str, list[str]]:
     """Triton text of the least and the greatest index that a tile must visit by each bound: ``first`` and ``last``.
 
     A 32-bit integer in [0, TK] for `first` and [-1, TK - 1] for `last`. The printer knows i and h as columns, one row
     of the tile each. every_b: b is a row of all sequences, and the text one number for each, (BLOCK_B,); otherwise b is
-    one sequence, and the text one number.
+    one sequence, and the text one number. layout: of the columns, where the printer's language has layouts.
     """
+    tl = printer.language
+    layout = f", {layout}" if layout else ""
     found: dict[str, list[str]] = {}
     for name, all_terms, pick, low, high in (
         ("first", bounds.first, "min", "0", "TK"),
@@ -91,18 +95,18 @@ def bound_texts(bounds: DataBounds, printer: Printer, *, every_b: bool = False) 
             by_row = any({"h", "i"} & axes_of(a) for a in _atoms(terms))
             if every_b:
                 shape = f"({'BLOCK_M' if by_row else '1'}, BLOCK_B)"
-                text = f"tl.{pick}({text} + tl.zeros({shape}, tl.int64), 0)"
+                text = f"{tl}.{pick}({text} + {tl}.zeros({shape}, {tl}.int64{layout}), 0)"
             elif by_row:
-                text = f"tl.{pick}({text} + tl.zeros((BLOCK_M, 1), tl.int64))"
-            found[name].append(f"tl.cast(tl.minimum(tl.maximum({text}, {low}), {high}), tl.int32)")
+                text = f"{tl}.{pick}({text} + {tl}.zeros((BLOCK_M, 1), {tl}.int64{layout}))"
+            found[name].append(f"{tl}.cast({tl}.minimum({tl}.maximum({text}, {low}), {high}), {tl}.int32)")
     return found
 
 
 def _text(terms: polynomial.Terms, printer: Printer) -> str:
     """The polynomial in 64 bits: what a mask adds to a position of 32 bits must not wrap around."""
-    sums = []
+    tl, sums = printer.language, []
     for monomial, coefficient in terms.items():
-        factors = [f"tl.cast({printer.value(atom)}, tl.int64)" for atom in monomial]
+        factors = [f"{tl}.cast({printer.value(atom)}, {tl}.int64)" for atom in monomial]
         if coefficient != 1 or not monomial:
             factors.append(str(coefficient))
         sums.append(" * ".join(factors))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attncomp import polynomial
 from attncomp.expr import ONE, Axis, Const, Expr, Load, Op, Score, Size, axes_of, contains, rebuild, sub, walk
@@ -39,10 +39,7 @@ _INFIX = {
     "ge": ">=",
 }
 _INFIX |= {"and": "&", "or": "|"}
-_CALLS = {
-    name: f"tl.{name}"
-    for name in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "sigmoid")
-}
+_CALLS = frozenset(("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "sigmoid"))
 _POINTER_INT = {"int8": "int32", "int16": "int32", "uint8": "int32"}
 
 
@@ -90,6 +87,8 @@ class Printer:
             not known to be contiguous, and its loads not vectorised): the name of the mask.
         precise: small results of tanh get full relative precision (needed where the output is float32).
         roots: everything that will be printed; tells what is used more than once.
+        language: the name under which the kernel knows Triton's functions: ``tl``, or ``gl`` for Gluon's, which are the
+            same functions over tensors whose layouts follow from those of the axes.
     """
 
     def __init__(
@@ -102,6 +101,7 @@ class Printer:
         masks: Mapping[str, str] | None = None,
         precise: bool = False,
         roots: Iterable[Expr] = (),
+        language: str = "tl",
     ) -> None:
         self.spec = spec
         self.levels = tuple(levels)
@@ -109,7 +109,9 @@ class Printer:
         self.inside = dict(inside or {})
         self.masks = dict(masks or {})
         self.precise = precise
+        self.language = language
         self.functions: set[str] = set()
+        self.aside: Aside | None = None
         self._states = [_State() for _ in self.levels]
         self._symbols = {name: symbol_argument(n) for n, name in enumerate(spec.symbols)}
         self._extents = {a: s if isinstance(s, Const) else Const(LONGEST) for a, s in spec.extents.items()}
@@ -130,6 +132,22 @@ class Printer:
         other.masks = dict(masks or {})
         other._states = [*self._states[:-1], _State()]
         return other
+
+    def reading_aside(self, axes: Mapping[str, str], *, bring: str, prefix: str, masks: Mapping[str, str]) -> None:
+        """From now on, what the innermost level reads for each key alone is read in statements of their own (`before`).
+
+        A tile's layout repeats a key's value in many threads; there, each thread reads its own few, and `bring` (a
+        format with one place) takes them to that layout. axes: names there of the innermost level's axes. masks: as
+        `inner`'s.
+        """
+        reader = self.inner(inside={}, masks=masks)
+        reader.axes = {**self.axes, **axes}
+        reader.levels = (*self.levels[:-1], replace(self.levels[-1], prefix=prefix))
+        self.aside = Aside(reader, bring)
+
+    def before(self) -> list[str]:
+        """The statements that read for each key, in order; they come before those of the innermost level."""
+        return [] if self.aside is None else self.aside.printer.lines(len(self.levels) - 1)
 
     def lines(self, level: int) -> list[str]:
         """The statements of a level, in order."""
@@ -158,6 +176,9 @@ class Printer:
         known = self._states[level].known.get((e, inside))
         if known is not None:
             return known, level
+        if self.aside is not None and level == len(self.levels) - 1 and _read_by_key(e):
+            name = self._states[level].known[e, inside] = self.aside.read(e)
+            return name, level
         if isinstance(e, Load):
             return self._name(e, inside, self._load(e), level), level
         if not isinstance(e, Op):
@@ -202,30 +223,33 @@ class Printer:
     def _op(self, e: Op, args: list[str]) -> str:
         kinds = [a.kind for a in e.args]
         if e.kind == "float" and e.name not in ("where", "to_float"):  # Triton's functions take floats only
-            args = [_float(text, a) for text, a in zip(args, e.args, strict=True)]
+            args = [self._float(text, a) for text, a in zip(args, e.args, strict=True)]
             kinds = ["float"] * len(args)
         if e.name in ("add", "sub", "mul") and e.kind == "int" and self._needs_int64(e):
-            args[0] = f"tl.cast({_bare(args[0])}, tl.int64)"
+            args[0] = self._cast(args[0], "int64")
         if e.name in _INFIX:
             return f"({args[0]} {_INFIX[e.name]} {args[1]})"
         if e.name in _CALLS:
-            return f"{_CALLS[e.name]}({_bare(args[0])})"
+            if e.name == "sigmoid" and self.language == "gl":  # it has none
+                return f"(1.0 / (1.0 + gl.exp(-{args[0]})))"
+            return f"{self.language}.{e.name}({_bare(args[0])})"
         return self._special(e, args, kinds)
 
     def _special(self, e: Op, args: list[str], kinds: Sequence[str]) -> str:
         bare = [_bare(a) for a in args]
+        tl = self.language
         if e.name == "where":
-            return f"tl.where({', '.join(bare)})"
+            return f"{tl}.where({', '.join(bare)})"
         if e.name in ("minimum", "maximum"):
             nan = ", propagate_nan=tl.PropagateNan.ALL" if e.kind == "float" else ""
-            return f"tl.{e.name}({bare[0]}, {bare[1]}{nan})"
+            return f"{tl}.{e.name}({bare[0]}, {bare[1]}{nan})"
         if e.name == "relu":
             zero, nan = ("0.0", ", propagate_nan=tl.PropagateNan.ALL") if e.kind == "float" else ("0", "")
-            return f"tl.maximum({bare[0]}, {zero}{nan})"
+            return f"{tl}.maximum({bare[0]}, {zero}{nan})"
         if e.name == "neg":
             return f"(-{args[0]})"
         if e.name == "abs":
-            return f"tl.abs({bare[0]})"
+            return f"{tl}.abs({bare[0]})"
         if e.name == "not":
             return f"({args[0]} == 0)"
         if e.name == "reciprocal":
@@ -237,9 +261,9 @@ class Printer:
         if e.name == "pow":
             return self._power(e, args)
         if e.name == "to_float":
-            return self._float_of(e.args[0]) or f"tl.cast({bare[0]}, tl.float32)"
+            return self._float_of(e.args[0]) or self._cast(bare[0], "float32")
         if e.name == "to_int":
-            return f"tl.cast({bare[0]}, tl.int32)"
+            return self._cast(bare[0], "int32")
         if e.name == "to_bool":
             return f"({args[0]} != 0)"
         raise UnprintableError(f"the operation {e.name}")
@@ -275,7 +299,7 @@ class Printer:
     def _division(self, e: Op, args: list[str]) -> str:
         """Rounding towards minus infinity; Triton's own operators round integers towards zero."""
         if e.kind == "float":
-            floor = f"tl.floor({args[0]} / {args[1]})"
+            floor = f"{self.language}.floor({args[0]} / {args[1]})"
             return floor if e.name == "floordiv" else f"({args[0]} - {floor} * {args[1]})"
         x, y = e.args
         low, _ = self._bounds(x)
@@ -317,20 +341,20 @@ class Printer:
             if size == Const(1) or index == Const(0):
                 continue
             text, level = self._index(index, size, masks)
-            terms.setdefault(level, []).append(f"{_wide(text)} * {stride_argument(e.tensor, dim)}")
+            terms.setdefault(level, []).append(f"{self._wide(text)} * {stride_argument(e.tensor, dim)}")
         pointer, own = e.tensor, self._level(e)
         for level in sorted(terms):
             pointer = " + ".join((pointer, *terms[level]))
             if level < own:
                 pointer = self._pointer(pointer, level)
         other = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"tl.load({pointer}{other})"
+        text = f"{self.language}.load({pointer}{other})"
         if e.kind == "bool":
             return f"({text} != 0)"
         if e.kind == "float":
-            return text if info.dtype == "float32" else f"{text}.to(tl.float32)"
+            return text if info.dtype == "float32" else f"{text}.to({self.language}.float32)"
         wider = _POINTER_INT.get(info.dtype)
-        return f"{text}.to(tl.{wider})" if wider else text
+        return f"{text}.to({self.language}.{wider})" if wider else text
 
     def offset(self, e: Load, stride: Callable[[int], str], *, without: int | None = None) -> str:
         """The offset of a read's element in another tensor of the same shape, such as its gradient.
@@ -342,7 +366,7 @@ class Printer:
             if size != Const(1) and index != Const(0) and dim != without:
                 bare = isinstance(index, Axis) and size == self.spec.extents.get(index.name)
                 text = self._visit(index, True)[0] if bare else self._index(index, size, [])[0]
-                parts.append(f"{_wide(text)} * {stride(dim)}")
+                parts.append(f"{self._wide(text)} * {stride(dim)}")
         return " + ".join(parts) or "0"
 
     def index(self, e: Load, dim: int) -> str:
@@ -367,11 +391,41 @@ class Printer:
         text = _bare(text)
         low, high = self._bounds(index)
         if low is None or low < 0:
-            text = f"tl.maximum({text}, 0)"
+            text = f"{self.language}.maximum({text}, 0)"
         if high is None or not isinstance(size, Const) or high >= int(size.value):
             last, at = self._visit(sub(size, ONE), False)
-            text, level = f"tl.minimum({text}, {_bare(last)})", max(level, at)
+            text, level = f"{self.language}.minimum({text}, {_bare(last)})", max(level, at)
         return text, level
+
+    def _cast(self, text: str, dtype: str) -> str:
+        return f"{self.language}.cast({_bare(text)}, {self.language}.{dtype})"
+
+    def _wide(self, text: str) -> str:
+        """A 64-bit factor of an offset."""
+        return text if text.isdigit() else self._cast(text, "int64")
+
+    def _float(self, text: str, e: Expr) -> str:
+        if e.kind == "float":
+            return text
+        if isinstance(e, Const):
+            return _constant(Const(float(e.value)))
+        return self._cast(text, "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What reads the values of single keys, and the text that takes them to the layout of a tile."""
+
+    printer: Printer
+    bring: str
+
+    def read(self, e: Expr) -> str:
+        """The name of `e` in the tile's layout."""
+        return self.printer._assign(self.bring.format(self.printer.value(e)), len(self.printer.levels) - 1)
+
+
+def _read_by_key(e: Expr) -> bool:
+    return contains(e, Load) and not contains(e, Score) and "i" not in axes_of(e)
 
 
 def _bare(text: str) -> str:
@@ -384,19 +438,6 @@ def _bare(text: str) -> str:
         if depth == 0 and position < len(text) - 1:
             return text
     return text[1:-1]
-
-
-def _wide(text: str) -> str:
-    """A 64-bit factor of an offset."""
-    return text if text.isdigit() else f"tl.cast({_bare(text)}, tl.int64)"
-
-
-def _float(text: str, e: Expr) -> str:
-    if e.kind == "float":
-        return text
-    if isinstance(e, Const):
-        return _constant(Const(float(e.value)))
-    return f"tl.cast({_bare(text)}, tl.float32)"
 
 
 def _constant(e: Const) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from attncomp.codegen.compile import kernel_module
+from attncomp.codegen.compile import interprets, kernel_module
 from attncomp.codegen.hopper_backward_source import hopper_backward_source, hopper_kernels
+from attncomp.codegen.hopper_schedule import schedule
+from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
@@ -35,9 +37,12 @@ BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
 
 
 class Kernel:
-    """A loaded kernel and where its arguments come from. gluon: it is one of Gluon's."""
+    """A loaded kernel and where its arguments come from.
 
-    __slots__ = ("_arguments", "_boxes", "_launch", "_strides", "block_m", "block_n")
+    gluon: it is one of Gluon's. scheduled: it takes its tiles in the order of a `Schedule`.
+    """
+
+    __slots__ = ("_arguments", "_boxes", "_launch", "_strides", "block_m", "block_n", "scheduled")
 
     def __init__(self, function: Any, arguments: Arguments, tile: Mapping[str, int], gluon: bool = False) -> None:
         self._launch = Launch(function, tile["num_warps"], tile["num_stages"])
@@ -46,6 +51,7 @@ class Kernel:
         self._strides = [(t, dim) for t, dim, _ in arguments.strides]
         self.block_m = tile["block_m"]
         self.block_n = tile["block_n"]
+        self.scheduled = gluon
 
     def prepare(
         self, grid: int, named: Mapping[str, torch.Tensor], lengths: Mapping[str, int], sizes: Sequence[int]
@@ -89,6 +95,10 @@ class Launcher:
 
     def _build(self, direction: str, descriptors: bool) -> dict[str, Kernel]:
         plan = self.plan
+        if direction == "forward" and descriptors and "hopper" in plan.params and not interprets():
+            name = f"tiled forward for Hopper, {plan.proof.text}"
+            module = kernel_module(hopper_source(plan), name=name, variant="tiled", key=self._key)
+            return {"forward": Kernel(module.forward, hopper_arguments(plan), plan.params["hopper"], gluon=True)}
         tiles = {"forward": "forward"}
         source, arguments = forward_source, forward_arguments
         if direction == "backward":
@@ -110,10 +120,15 @@ class Launcher:
 
     def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
         """What writes ``out`` and ``stat``, by kernel."""
-        batch, heads, queries, _ = named["q"].shape
+        q, k, v = (named[name] for name in FORWARD_INPUTS)
+        batch, heads, queries, _ = q.shape
         kernel = self._load("forward", named)["forward"]
-        grid = _tiles(queries, kernel.block_m) * batch * heads
-        lengths = {"TQ": queries, "TK": named["k"].shape[2]}
+        tiles = _tiles(queries, kernel.block_m)
+        grid = tiles * batch * heads
+        lengths = {"TQ": queries, "TK": k.shape[2], "NB": batch}
+        if kernel.scheduled:
+            kv_bytes = (k.numel() + v.numel()) * k.element_size()
+            grid, lengths["NEAR"] = schedule(self.plan, tiles, batch * heads, kv_bytes, _multiprocessors(q.device))
         return {"forward": kernel.prepare(grid, named, lengths, sizes)} if grid else {}
 
     def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
@@ -289,6 +304,11 @@ def backward(
 def _aligned(tensor: torch.Tensor) -> bool:
     """Of what a call allocates, which has no address yet, it is true."""
     return tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where a kernel's stand-in runs on another device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tiles(length: int, block: int) -> int:

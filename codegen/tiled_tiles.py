@@ -60,6 +60,8 @@ _GLUON = ((3, 6), (3, 9))
 """Versions of Triton whose Gluon the kernels for Hopper are known to compile with: it is no stable interface."""
 _HOPPER_WIDTHS = (64, 128)
 _NOT_IN_GLUON = ("sigmoid",)
+_ROWS = 64
+"""Queries of one group of four warps of ``hopper_forward``: what one instruction multiplies."""
 
 
 def knows_gluon() -> bool:
@@ -87,6 +89,38 @@ def hopper_backward_tiles(spec: AttentionSpec, hardware: Hardware) -> dict[str, 
     if Const(128) in (spec.size("d"), spec.size("e")) and (spec.dropout > 0 or has_spread(spec)):
         keys = {**keys, "block_m": 32, "num_stages": 3}  # more vectors beside the sums: else registers are spilled
     return {"hopper_keys": keys, "hopper_queries": queries}
+
+
+def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> Tile | None:
+    """The tile of the forward kernel for Hopper, or None where the plain one serves: another device, dtype, width or
+    normaliser, few queries, tensors that are read for each pair, dropout, and what is as fast plainly.
+
+    rows: queries of one group of warps; `block_m` are those of a program.
+    """
+    widths, queries = {spec.size("d"), spec.size("e")}, spec.size("i")
+    if hardware.capability != (9, 0) or not has_descriptors(spec, hardware) or not knows_gluon():
+        return None
+    if spec.normaliser.kind != "softmax" or spec.dropout > 0 or not widths <= {Const(w) for w in _HOPPER_WIDTHS}:
+        return None
+    if isinstance(queries, Const) and queries.value <= _ROWS:  # half of the warps would have nothing to do
+        return None
+    if element_loads(spec, proof) > 0:  # they come better through shared memory
+        return None
+    wide = Const(128) in widths
+    if not wide and proof.residual == TRUE and has_even_tiles(spec, proof) and exponent_of(spec).scale is not None:
+        # Bound by exponentials, which several small programs on a multiprocessor keep as busy: on an H100 0.160 ms and
+        # 0.163 at 4k without a mask, but 2.59 and 2.36 at 16k.
+        return None
+    # Longer programs want registers: on an H100 a softcap at width 128 took 0.194 ms with 64 keys, 0.232 with 128.
+    keys, stages = (64, 4) if wide and special_functions(spec) > 2 else (128, 2)
+    return {"block_m": 2 * _ROWS, "rows": _ROWS, "block_n": keys, "num_warps": 4, "num_stages": stages}
+
+
+def has_even_tiles(spec: AttentionSpec, proof: MaskProof) -> bool:
+    """Whether all query tiles have about as many keys: all keys, or a window of them that moves with the queries."""
+    bounded = proof.key_lo != ZERO or proof.key_hi != spec.size("j")
+    moves = "i" in axes_of(proof.key_lo) and "i" in axes_of(proof.key_hi)
+    return (moves or not bounded) and not {"i", "j"} <= axes_of(proof.residual)
 
 
 def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> dict[str, Tile]:
@@ -189,6 +223,9 @@ of the plain backward 496 and 465. The others are prior estimates, to be calibra
 _HOPPER_BACKWARD_EFFICIENCY = {"hopper": 0.71, "hopper, narrow": 0.59}
 """The same of the backward kernels made for Hopper. Measured by benchmarks/tiles.py at 4k tokens: ``keys`` 731 TFLOP/s
 at width 128 and 590 at 64, ``queries`` 731 and 612."""
+_HOPPER_EFFICIENCY = {"hopper": 0.65, "hopper, narrow": 0.46}
+"""The same of ``hopper_forward``, measured there with 4k to 16k tokens: 594 to 693 TFLOP/s at width 128, and 411 to 474
+at 64 under a causal mask."""
 
 
 HOST_LAUNCHES = {"forward": 6, "backward": 15}
@@ -220,7 +257,7 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
 
     Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2,
     which is fast, but not without a limit: a single query of many heads is bound by it. A short grid leaves
-    multiprocessors idle.
+    multiprocessors idle. tiles: "forward" may be a `hopper_tile`.
     """
     spec, hints = request.spec, request.hints
     b, h, i, j, d, e = (hints[axis] for axis in ("b", "h", "i", "j", "d", "e"))
@@ -234,12 +271,13 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     dtype = spec.dtype if spec.dtype != "float32" or precision == "ieee" else "tf32"
     family = tile_family(spec, request.hardware)
     narrow = family == "hopper" and max(d, e) < 128
-    kind = "hopper, narrow" if narrow else family
+    row = "hopper, narrow" if narrow else family
 
     def kernel(name: str, products: float, traffic: float) -> Work:
         made_for_hopper = tiles.get(f"hopper_{name}")
         tile = made_for_hopper or tiles[name]
-        efficiency = (_HOPPER_BACKWARD_EFFICIENCY if made_for_hopper else _KERNEL_EFFICIENCY)[kind]
+        shares = _HOPPER_BACKWARD_EFFICIENCY if made_for_hopper else _KERNEL_EFFICIENCY
+        efficiency = (_HOPPER_EFFICIENCY if "rows" in tile else shares)[row]
         programs = b * kv_heads * -(-j // tile["block_n"]) if name == "keys" else b * h * -(-i // tile["block_m"])
         compute, bandwidth = grid_shares(programs, request.hardware)
         traffic += pairs * elements

@@ -13,6 +13,7 @@ import torch
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.dropout import seeded, with_seed
 from attncomp.codegen.hopper_backward_source import hopper_backward_source
+from attncomp.codegen.hopper_source import hopper_source
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.spans import has_spans, spans_work, with_spans
@@ -26,7 +27,13 @@ from attncomp.codegen.tiled_backward_source import (
 )
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import dropped_below, forward_source
-from attncomp.codegen.tiled_tiles import has_descriptors, hopper_backward_tiles, tile_parameters, tiled_work
+from attncomp.codegen.tiled_tiles import (
+    has_descriptors,
+    hopper_backward_tiles,
+    hopper_tile,
+    tile_parameters,
+    tiled_work,
+)
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
@@ -73,12 +80,18 @@ class Tiled:
             params |= tiles
         if has_spans(request):
             params["spans"] = True
+        hopper = hopper_tile(request.spec, request.proof, request.hardware)
+        if hopper is not None and params["descriptors"] and "spans" not in params:
+            params["hopper"] = hopper  # the plain tile stays beside it, for tensors that have no descriptors
+            tiles = {**tiles, "forward": hopper}
         try:
             plan = _dropping(Plan(request.spec, request.proof, self.name, params))
             forward_source(plan)
             if request.spec.training:
                 backward_source(plan)
                 hopper_backward_source(plan)
+            if "hopper" in params:
+                hopper_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
         work = tiled_work(request, tiles, params["precision"])

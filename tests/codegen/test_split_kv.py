@@ -203,7 +203,7 @@ def test_schedules(name: str, schedule: str) -> None:
 
 
 def test_a_changed_template_changes_the_fingerprint() -> None:
-    shared = {"_key_sweep.py.jinja", "_loads.py.jinja", "_numerics.py.jinja"}
+    shared = {"_key_sweep.py.jinja", "_softmax.py.jinja", "_loads.py.jinja", "_numerics.py.jinja"}
     assert set(template_sources(TEMPLATE)) == {TEMPLATE, *shared}
 
 

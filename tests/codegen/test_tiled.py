@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attncomp.codegen.compile import has_triton
+from attncomp.codegen.hopper_source import HOPPER
 from attncomp.codegen.render import template_sources
 from attncomp.codegen.tiled_backward_source import BACKWARD, backward_source
 from attncomp.codegen.tiled_source import (
@@ -168,8 +169,9 @@ def test_what_does_not_change_in_the_loop_is_computed_before_it() -> None:
 
 def test_a_changed_template_changes_the_fingerprint() -> None:
     shared = {"_loads.py.jinja", "_numerics.py.jinja"}
-    assert set(template_sources(FORWARD)) == {FORWARD, "_key_sweep.py.jinja", *shared}
+    assert set(template_sources(FORWARD)) == {FORWARD, "_key_sweep.py.jinja", "_softmax.py.jinja", *shared}
     assert set(template_sources(BACKWARD)) == {BACKWARD, "_backward.py.jinja", *shared}
+    assert set(template_sources(HOPPER)) == {HOPPER, "_softmax.py.jinja", "_numerics.py.jinja"}
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

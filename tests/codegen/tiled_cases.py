@@ -112,9 +112,10 @@ def _info(name: str, shape: tuple[int, ...], dtype: str = "float32", grad: bool 
     return TensorInfo(name, tuple(Const(n) for n in shape), dtype, grad)
 
 
-def _build() -> tuple[Case, ...]:
+def cases_of(length: int, width: int) -> tuple[Case, ...]:
+    """The cases at a sequence length (a multiple of 40) and a head width."""
     cases: list[Case] = []
-    base: dict[str, Any] = {"batch": 2, "heads": 2, "query": LENGTH, "key": LENGTH, "width": 16, "training": True}
+    base: dict[str, Any] = {"batch": 2, "heads": 2, "query": length, "key": length, "width": width, "training": True}
     causal = le(J, I)
 
     def case(name: str, proof: Callable[[AttentionSpec], MaskProof] = _none, **changes: Any) -> None:
@@ -145,7 +146,7 @@ def _build() -> tuple[Case, ...]:
         "alibi_learned",
         _causal,
         mask=causal,
-        program=add(_scaled(16), mul(distance, slope)),
+        program=add(_scaled(width), mul(distance, slope)),
         captured=(_info("c0", (2,), grad=True),),
         captured_values=(lambda: torch.tensor([0.5, 0.125]),),
     )
@@ -157,86 +158,87 @@ def _build() -> tuple[Case, ...]:
     )
     case(
         "dense_bias_shared",
-        program=add(_scaled(16), Load("c0", (ZERO, H, I, J))),
-        captured=(_info("c0", (1, 2, LENGTH, LENGTH), grad=True),),
-        captured_values=(lambda: torch.randn(1, 2, LENGTH, LENGTH),),
+        program=add(_scaled(width), Load("c0", (ZERO, H, I, J))),
+        captured=(_info("c0", (1, 2, length, length), grad=True),),
+        captured_values=(lambda: torch.randn(1, 2, length, length),),
     )
     case(
         "dense_bias",
         _causal,
         mask=causal,
         program=add(Score(), Load("c0", (B, H, I, J))),
-        captured=(_info("c0", (2, 2, LENGTH, LENGTH), "float16", grad=True),),
-        captured_values=(lambda: torch.randn(2, 2, LENGTH, LENGTH).half(),),
+        captured=(_info("c0", (2, 2, length, length), "float16", grad=True),),
+        captured_values=(lambda: torch.randn(2, 2, length, length).half(),),
     )
     bucket = minimum(maximum(add(sub(J, I), Const(4)), ZERO), Const(8))
     case(
         "bias_table",
-        program=add(_scaled(16), Load("c0", (bucket, H))),
+        program=add(_scaled(width), Load("c0", (bucket, H))),
         captured=(_info("c0", (9, 2), grad=True),),
         captured_values=(lambda: torch.randn(9, 2),),
     )
-    distance = add(sub(J, I), Const(LENGTH - 1))
+    distance = add(sub(J, I), Const(length - 1))
     table: dict[str, Any] = {
-        "program": add(_scaled(16), Load("c0", (ZERO, H, distance))),
-        "captured": (_info("c0", (1, 2, 2 * LENGTH - 1), grad=True),),
-        "captured_values": (lambda: torch.randn(1, 2, 2 * LENGTH - 1),),
+        "program": add(_scaled(width), Load("c0", (ZERO, H, distance))),
+        "captured": (_info("c0", (1, 2, 2 * length - 1), grad=True),),
+        "captured_values": (lambda: torch.randn(1, 2, 2 * length - 1),),
     }
     case("distance_table_learned", **table)
     case("distance_table_causal", _causal, mask=causal, **table)
 
     def buckets() -> torch.Tensor:
-        place = torch.arange(LENGTH)
+        place = torch.arange(length)
         return ((place - place[:, None]).abs().float().sqrt() + 7 * (place > place[:, None])).long()
 
+    table_size = math.isqrt(length - 1) + 8
     case(
         "relative_buckets",
         _causal,
         mask=causal,
-        program=add(_scaled(16), Load("c0", (Load("c1", (I, J), "int"), H))),
+        program=add(_scaled(width), Load("c0", (Load("c1", (I, J), "int"), H))),
         captured=(
-            _info("c0", (14, 2), grad=True),
-            TensorInfo("c1", (Const(LENGTH), Const(LENGTH)), "int64", relative=(0, 1)),
+            _info("c0", (table_size, 2), grad=True),
+            TensorInfo("c1", (Const(length), Const(length)), "int64", relative=(0, 1)),
         ),
-        captured_values=(lambda: torch.randn(14, 2), buckets),
+        captured_values=(lambda: torch.randn(table_size, 2), buckets),
     )
     case(
         "key_bias_learned",
-        program=add(_scaled(16), Load("c0", (ZERO, J))),
-        captured=(_info("c0", (1, LENGTH), grad=True),),
-        captured_values=(lambda: torch.randn(1, LENGTH),),
+        program=add(_scaled(width), Load("c0", (ZERO, J))),
+        captured=(_info("c0", (1, length), grad=True),),
+        captured_values=(lambda: torch.randn(1, length),),
     )
     padding = Load("c0", (B, J), "bool")
 
     def keep() -> torch.Tensor:
-        kept = torch.rand(2, LENGTH) > 0.4
+        kept = torch.rand(2, length) > 0.4
         kept[1] = False
         return kept
 
-    padded = {"mask": padding, "captured": (_info("c0", (2, LENGTH), "bool"),), "captured_values": (keep,)}
+    padded = {"mask": padding, "captured": (_info("c0", (2, length), "bool"),), "captured_values": (keep,)}
     case("padding_zero", tested(padding, False), normaliser=Normaliser(empty="zero"), **padded)
     case("padding_nan", tested(padding, False), normaliser=Normaliser(empty="nan"), forward_only=True, **padded)
     case(
         "padding_finfo_min",
-        program=add(_scaled(16), where(padding, Const(0.0), Const(FINFO_MIN))),
-        captured=(_info("c0", (2, LENGTH), "bool"),),
+        program=add(_scaled(width), where(padding, Const(0.0), Const(FINFO_MIN))),
+        captured=(_info("c0", (2, length), "bool"),),
         captured_values=(keep,),
     )
     case(
         "padding_float_minus_inf",
         _causal,
         mask=causal,
-        program=add(_scaled(16), Load("c0", (B, ZERO, ZERO, J))),
-        captured=(_info("c0", (2, 1, 1, LENGTH)),),
-        captured_values=(lambda: torch.where(torch.arange(LENGTH) % 5 == 0, 0.0, -math.inf).expand(2, 1, 1, LENGTH),),
+        program=add(_scaled(width), Load("c0", (B, ZERO, ZERO, J))),
+        captured=(_info("c0", (2, 1, 1, length)),),
+        captured_values=(lambda: torch.where(torch.arange(length) % 5 == 0, 0.0, -math.inf).expand(2, 1, 1, length),),
     )
     same = eq(Load("c0", (B, I), "int"), Load("c0", (B, J), "int"))
     case(
         "documents",
         tested_causal(same),
         mask=and_(causal, same),
-        captured=(_info("c0", (2, LENGTH), "int64"),),
-        captured_values=(lambda: (torch.arange(LENGTH) // 13).expand(2, LENGTH),),
+        captured=(_info("c0", (2, length), "int64"),),
+        captured_values=(lambda: (torch.arange(length) // 13).expand(2, length),),
     )
     case(
         "sink",
@@ -246,9 +248,9 @@ def _build() -> tuple[Case, ...]:
         captured=(_info("c0", (2,), grad=True),),
         captured_values=(lambda: torch.tensor([0.7, -1.2]),),
     )
-    case("offset", lambda s: _causal(s, 26), mask=le(J, add(I, Const(26))), query=24, key=50)
-    case("short_keys", query=40, key=9)
-    case("one_query", query=1, key=40)
+    case("offset", lambda s: _causal(s, 26), mask=le(J, add(I, Const(26))), query=length - 16, key=length + 10)
+    case("short_keys", key=9)
+    case("one_query", query=1)
     case("widths_differ", width=24, value_width=40)
     case("width_72", width=72, query=24, key=24)
     case("width_80", width=80, query=24, key=24)
@@ -264,10 +266,10 @@ def _build() -> tuple[Case, ...]:
         mask=causal,
         program=mul(Score(), gate),
         normaliser=Normaliser("none"),
-        captured=(_info("c0", (2, 2, LENGTH), grad=True),),
-        captured_values=(lambda: torch.rand(2, 2, LENGTH),),
+        captured=(_info("c0", (2, 2, length), grad=True),),
+        captured_values=(lambda: torch.rand(2, 2, length),),
     )
-    case("sum", _causal, mask=causal, program=op("exp", _scaled(16)), normaliser=Normaliser("sum", eps=1e-3))
+    case("sum", _causal, mask=causal, program=op("exp", _scaled(width)), normaliser=Normaliser("sum", eps=1e-3))
     case("uniform", _causal, mask=causal, program=Const(0.5))
     case(
         "odd_functions",
@@ -279,8 +281,8 @@ def _build() -> tuple[Case, ...]:
     stripe = eq(mod(floordiv(sub(I, J), Const(4)), Const(2)), ZERO)
     case("stripes", tested_causal(stripe), mask=and_(causal, stripe))
     proven = {  # ranges as the prover gives them: clamps, choices, blocks, and rests that are tested
-        "neighbourhood": _near(I, J, LENGTH, 3),
-        "image": and_(_near(floordiv(I, Const(8)), floordiv(J, Const(8)), 5, 1), _near(*_columns(8), 8, 1)),
+        "neighbourhood": _near(I, J, length, 3),
+        "image": and_(_near(floordiv(I, Const(8)), floordiv(J, Const(8)), length // 8, 1), _near(*_columns(8), 8, 1)),
         "neighbours": le(op("abs", sub(floordiv(J, Const(8)), floordiv(I, Const(8)))), ONE),
         "frames": and_(ge(floordiv(I, Const(8)), floordiv(J, Const(8))), eq(*_columns(8))),
         "local_or_summary": and_(causal, or_(lt(sub(I, J), Const(6)), eq(mod(J, Const(8)), Const(7)))),
@@ -295,7 +297,7 @@ def _build() -> tuple[Case, ...]:
         sizes=(b, spec.sizes[1], t, t, *spec.sizes[4:]),
         tensors=tuple(replace(x, shape=(b, x.shape[1], t, x.shape[3])) for x in spec.tensors),
     )
-    order = {"s2": 3, "s7": 39}
+    order = {"s2": 3, "s7": length - 1}
     cases.append(
         Case("symbolic", symbolic, _causal(symbolic), lengths=order, sizes=tuple(order[s] for s in symbolic.symbols))
     )
@@ -313,6 +315,6 @@ def _build() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-CASES = _build()
+CASES = cases_of(LENGTH, 16)
 assert len({c.name for c in CASES}) == len(CASES)
 assert all(c.spec.mask == TRUE or c.proof.text for c in CASES)

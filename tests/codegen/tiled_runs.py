@@ -61,7 +61,9 @@ def plan_of(case: Case, device: str, changes: Mapping[str, Any] | None = None) -
 
 def small_tiles(plan: Plan) -> Plan:
     tiles = {name: SMALL_TILE for name, value in plan.params.items() if isinstance(value, dict)}
-    return dataclasses.replace(plan, params={**plan.params, **tiles})
+    params = {**plan.params, **tiles}
+    params.pop("hopper", None)  # its shape is that of the hardware's instructions
+    return dataclasses.replace(plan, params=params)
 
 
 def errors(case: Case, plan: Plan, device: str) -> dict[str, float]:

@@ -1,0 +1,108 @@
+"""The source of the forward kernel for Hopper: what ``hopper_forward`` is rendered with.
+
+It computes what ``tiled_forward`` does from the same spec, proof and exponent, in Gluon: Triton's lower level, where
+copies, barriers and the order of products are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attncomp.codegen.data_bounds import bound_texts, data_bounds
+from attncomp.codegen.printer import Level, Printer
+from attncomp.codegen.render import render
+from attncomp.codegen.tiled_source import (
+    Arguments,
+    arguments_of,
+    at,
+    body_context,
+    common_context,
+    element_mask,
+    exponent_of,
+    is_bounded,
+    phases_of,
+    program_context,
+)
+from attncomp.plan import Plan
+
+HOPPER = "hopper_forward.py.jinja"
+
+_RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
+
+
+def hopper_arguments(plan: Plan) -> Arguments:
+    """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and `Schedule.near`."""
+    found = arguments_of(plan, ("q", "k", "v", "out", "stat"), ("q", "k", "v"), ("NB", "NEAR"), descriptors=True)
+    described = tuple(replace(d, rows="rows") if d.tensor == "q" else d for d in found.described)
+    return replace(found, described=described)
+
+
+def hopper_source(plan: Plan) -> str:
+    """The module with ``forward``: each of its programs goes through tiles of all heads.
+
+    Raises:
+        UnprintableError: an expression has no Gluon form.
+    """
+    spec, proof, tile = plan.spec, plan.proof, plan.params["hopper"]
+    exponent = exponent_of(spec)
+    names = {name: name for name in ("b", "h", "i", "j", "i_first", "i_last")}
+    outer = Level("t", frozenset(("b", "h", "i", "i_first", "i_last")))
+    inner_level = Level("x", frozenset(("j",)), score=True)
+    texts = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
+    bounds = data_bounds(proof.residual)
+    ranges = Printer(
+        spec, (outer, inner_level), names, inside={"i": "i_in"}, roots=[*texts, *bounds.atoms], language="gl"
+    )
+    low, inner_low, inner_high, high = (ranges.value(e) for e in texts)
+    limits = bound_texts(bounds, ranges, layout="COLUMN")
+    for limit in limits["first"]:
+        low = f"gl.maximum({low}, {limit})"
+    for limit in limits["last"]:  # to the end of its tile: what is beyond the bound there, the mask's own test hides
+        high = f"gl.minimum({high}, gl.cdiv({limit} + 1, BLOCK_N) * BLOCK_N)"
+
+    sink, mask = spec.normaliser.sink, element_mask(plan)
+    printer = Printer(
+        spec,
+        (outer, inner_level),
+        names,
+        inside={"i": "i_in"},
+        roots=[exponent.program, *mask, proof.residual, *(() if sink is None else (sink,))],
+        language="gl",
+    )
+    sink_text = None if sink is None else printer.value(sink)
+    inner = printer.inner(inside={"i": "i_in"})
+    edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
+    for body, masks in ((inner, {}), (edge, {"j": "own_ok"})):
+        body.reading_aside({"j": "own_j"}, bring="gl.convert_layout({}, SCORES)", prefix="k", masks=masks)
+    inner_body = body_context(inner, exponent, [], proof.residual, length_test=False)
+    edge_body = body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j"))
+    inner_body["before"], edge_body["before"] = inner.before(), edge.before()
+    arguments = hopper_arguments(plan)
+    described = [d.name for d in arguments.described]
+    return render(
+        HOPPER,
+        **common_context(plan),
+        language="gl",
+        described=described,
+        arguments=list(arguments.names[len(described) :]),
+        rings=list(_RINGS),
+        block_m=tile["block_m"],
+        block_n=tile["block_n"],
+        rows=tile["rows"],
+        consumers=tile["block_m"] // tile["rows"],
+        stages=tile["num_stages"],
+        functions=printer.functions | ranges.functions,
+        range_rows=bool(limits["first"] or limits["last"]),
+        range_lines=ranges.lines(0),
+        low=low,
+        high=high,
+        inner_low=inner_low,
+        inner_high=inner_high,
+        sink=sink_text,
+        program=program_context(exponent),
+        inner_body=inner_body,
+        edge_body=edge_body,
+        tile_lines=printer.lines(0),
+        phases=phases_of(plan, "j", tile["block_n"]),
+        bounded=is_bounded(spec.program),
+    )

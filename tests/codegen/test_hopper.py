@@ -1,0 +1,291 @@
+"""The forward kernel for Hopper: who gets it, what its source is, how it compiles, and that it is right on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from attncomp.codegen import tiled_launch, tiled_tiles
+from attncomp.codegen.compile import cross_compile, has_triton, interprets, signature_of
+from attncomp.codegen.hopper_schedule import Schedule, schedule
+from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
+from attncomp.codegen.launch import box_layout
+from attncomp.codegen.variants.tiled import TILED
+from attncomp.expr import Const
+from attncomp.hardware import A100_80GB, H100_SXM, Hardware
+from attncomp.plan import Plan
+from attncomp.variant import Offer
+from tests.codegen.tiled_cases import Case, cases_of
+from tests.codegen.tiled_runs import errors, plan_of, request_of, with_dtype
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+LENGTH = 320
+"""Two tiles of queries and keys that are whole, and one that is not."""
+
+# Programs and masks of every kind that the kernel takes; at width 64 the plain kernel is as fast for some.
+TAKEN = (
+    "causal", "grouped_heads", "one_key_head", "softcap", "alibi_learned", "learned_scale", "bias_table",
+    "distance_table_learned", "distance_table_causal", "key_bias_learned", "padding_zero", "padding_nan",
+    "padding_finfo_min", "padding_float_minus_inf", "documents", "sink", "offset", "uniform", "odd_functions",
+    "stripes", "proven_image", "proven_frames", "proven_local_or_summary", "symbolic",
+)  # fmt: skip
+AT_128 = ("plain", "window", "causal_window", "short_keys", "proven_neighbourhood", "proven_neighbours")
+INSTANCES = [(name, width) for name in TAKEN for width in (64, 128)] + [(name, 128) for name in AT_128]
+LEFT = (
+    "dense_bias_shared",
+    "dense_bias",
+    "relative_buckets",
+    "one_query",
+    "decay",
+    "gate_learned",
+    "sum",
+    "dropout_softcap",
+)
+
+
+def find(name: str, width: int = 64, dtype: str = "bfloat16", length: int = LENGTH) -> Case:
+    return with_dtype(next(c for c in cases_of(length, width) if c.name == name), dtype)
+
+
+def offered(case: Case, hardware: Hardware = H100_SXM, device: str = "cuda") -> Offer:
+    offer = TILED.accept(request_of(case, device, hardware))
+    assert isinstance(offer, Offer), str(offer)
+    return offer
+
+
+def without_spans(case: Case) -> Plan:
+    """The plan of a case at a length at which spans of its mask would be found, which the plain kernel reads."""
+    plan = plan_of(case, "cuda")
+    params = {name: value for name, value in plan.params.items() if name != "spans"}
+    params["hopper"] = tiled_tiles.hopper_tile(case.spec, case.proof, H100_SXM)
+    return dataclasses.replace(plan, params=params)
+
+
+# -- who gets it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "width"), INSTANCES)
+def test_taken(name: str, width: int) -> None:
+    tile = offered(find(name, width)).params["hopper"]
+    assert tile["block_m"] == 2 * tile["rows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [(name, width) for name in LEFT for width in (64, 128)] + [(name, 64) for name in AT_128]
+)
+def test_left_to_the_plain_kernel(name: str, width: int) -> None:
+    case = find(name, width)
+    if name == "relative_buckets":  # as it is, not as the table of distances that a model's lowering makes of it
+        assert tiled_tiles.hopper_tile(case.spec, case.proof, H100_SXM) is None
+        return
+    assert "hopper" not in offered(case).params
+
+
+@pytest.mark.parametrize(
+    ("changes", "hardware"),
+    [
+        ({}, A100_80GB),
+        ({}, dataclasses.replace(H100_SXM, capability=(10, 0))),
+        ({"dtype": "float32"}, H100_SXM),
+        ({"width": 72}, H100_SXM),
+        ({"width": 32}, H100_SXM),
+        ({"width": 256}, H100_SXM),
+    ],
+)
+def test_other_devices_dtypes_and_widths(changes: dict[str, Any], hardware: Hardware) -> None:
+    assert "hopper" not in offered(find("causal", **changes), hardware).params
+
+
+@pytest.mark.parametrize("name", ["documents", "padding_zero", "proven_image"])
+def test_spans_are_read_by_the_plain_kernel(name: str) -> None:
+    assert "hopper" in offered(find(name, 128)).params
+    params = offered(find(name, 128, length=640)).params
+    assert ("hopper" in params) == ("spans" not in params) == (name == "proven_image")
+
+
+def test_an_unknown_triton_has_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiled_tiles.knows_gluon()
+    monkeypatch.setattr(tiled_tiles, "version", lambda name: "3.12.0")
+    assert "hopper" not in offered(find("causal")).params
+
+
+def test_the_digest_tells_the_kernels_apart() -> None:
+    plan = plan_of(find("causal"), "cuda")
+    plain = {name: value for name, value in plan.params.items() if name != "hopper"}
+    assert plan.digest != dataclasses.replace(plan, params=plain).digest
+
+
+# -- the order of tiles ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "kv_bytes", "expected"),
+    [
+        ("plain", 32, 32 << 20, Schedule(132, 5)),  # all tiles alike: programs stay, as few heads as are needed at once
+        ("plain", 128, 128 << 20, Schedule(132, 2)),
+        ("causal", 32, 32 << 20, Schedule(132, 16)),  # dealt out by length over all heads
+        ("causal", 64, 64 << 20, Schedule(132, 16)),
+        ("causal", 128, 128 << 20, Schedule(2048, 2)),  # by the hardware
+        ("causal", 128, 33 << 20, Schedule(2048, 2)),
+        ("documents", 32, 32 << 20, Schedule(132, 16)),
+        ("padding_zero", 32, 32 << 20, Schedule(132, 5)),
+        ("causal", 2, 1 << 20, Schedule(32, 16)),  # fewer tiles than multiprocessors
+        ("plain", 2, 1 << 20, Schedule(32, 16)),
+    ],
+)
+def test_schedule(name: str, tiles: int, kv_bytes: int, expected: Schedule) -> None:
+    assert schedule(plan_of(find(name, 128), "cuda"), tiles, 16, kv_bytes, 132) == expected
+
+
+@pytest.mark.parametrize("grid", [1, 7, 132, 23 * 5])
+@pytest.mark.parametrize("near", [1, 2, 4, 5])
+def test_every_tile_once(grid: int, near: int) -> None:
+    """The arithmetic of ``item_of`` and ``place``, taken from the rendered source."""
+    tiles, heads = 23, 5
+    source = hopper_source(plan_of(find("symbolic", 128), "cuda"))
+    item = re.search(r"return first \+ gl\.where\(turn % 2 == 0, program, last - program\)", source)
+    assert item is not None
+    lines = re.findall(r"^    ((?:first_head|rest|count|head|tile) = .*)$", source, re.M)
+    assert len(lines) == 5
+    minimum = SimpleNamespace(minimum=min)
+    found = []
+    for turn, first in enumerate(range(0, tiles * heads, grid)):
+        for program in range(grid):
+            number = first + (program if turn % 2 == 0 else grid - 1 - program)
+            if number < tiles * heads:
+                names = {"item": number, "NEAR": near, "NB": heads, "tiles": tiles, "gl": minimum}
+                for line in lines:
+                    exec(
+                        line.replace("NB * 2", "NB"), names
+                    )  # the case has two heads, here all are of one sequence each
+                found.append((names["head"], names["tile"]))
+    assert sorted(found) == [(h, t) for h in range(heads) for t in range(tiles)]
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "sink", "window"])
+def test_sources_are_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"hopper_{name}", hopper_source(plan_of(find(name, 128), "cuda")))
+
+
+def test_one_of_two_kernels_has_nothing_to_do() -> None:
+    plan = plan_of(find("causal"), "cuda")
+    for when, condition in ((True, "=="), (False, "!=")):
+        source = hopper_source(dataclasses.replace(plan, params={**plan.params, "when": when}))
+        assert f"total = gl.where(gl.load(holds) {condition} 0, 0, total)" in source
+
+
+# -- compiled --------------------------------------------------------------------------------------------------------
+
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "bool": "*i1"}
+_STACK = 512
+"""Bytes. Triton 3.9's compiler keeps there what is computed before the loops over keys; 3.6's keeps next to nothing."""
+_SPILLED = 32
+"""Instructions of a step that may read or write it, of about 600: a few numbers, no part of a tile."""
+
+
+def compiled(plan: Plan) -> Any:
+    import torch
+    from triton.backends.compiler import GPUTarget
+
+    arguments, tile = hopper_arguments(plan), plan.params["hopper"]
+    element = _TYPES[plan.spec.dtype]
+    kinds = {t.name: _TYPES[t.dtype] for t in plan.spec.tensors} | {"out": element, "stat": "*fp32"}
+    for d in arguments.described:
+        block = [1, 1, tile[d.rows], d.width]
+        kinds[d.name] = f"tensordesc<{element[1:]}{block},{box_layout(block, getattr(torch, plan.spec.dtype))!r}>"
+    signature = signature_of(arguments.names, kinds)
+    return cross_compile(
+        hopper_source(plan), {"forward": signature}, GPUTarget("cuda", 90, 32), options={"forward": {"num_warps": 4}}
+    )["forward"]
+
+
+def dumped(binary: bytes, option: str, directory: Path) -> str:
+    """What cuobjdump, which comes with Triton, says of the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump")
+    (directory / "kernel.cubin").write_bytes(binary)
+    return subprocess.run(
+        [str(tool), option, str(directory / "kernel.cubin")], capture_output=True, text=True, check=True
+    ).stdout
+
+
+_QUICK = (("causal", 128), ("documents", 64), ("window", 128))
+
+
+@pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [pytest.param(n, w, marks=() if (n, w) in _QUICK else pytest.mark.slow) for n, w in INSTANCES],
+)
+def test_compiles_with_overlap_and_without_spilled_tiles(name: str, width: int, tmp_path: Path) -> None:
+    plan = without_spans(find(name, width, length=3840))
+    kernel = compiled(plan)
+    assert kernel.metadata.shared <= 227 * 1024
+    stack = re.search(r"STACK:(\d+)", dumped(kernel.asm["cubin"], "-res-usage", tmp_path))
+    assert stack is not None
+    assert int(stack[1]) <= _STACK
+    # Between the wait for scores and the wait for the output's sum stand the exponentials of a tile: the tensor cores
+    # work meanwhile. A compiler that moves them behind the second wait undoes that.
+    code = dumped(kernel.asm["cubin"], "-sass", tmp_path)
+    _, *steps = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    assert len(steps) >= 2
+    for step in steps:
+        before, found, _ = step.partition("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+        assert found
+        assert len(re.findall(r"\b(?:LDL|STL)\b", before)) <= _SPILLED
+        assert before.count("MUFU.EX2") >= plan.params["hopper"]["block_n"] // 2
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "width"), INSTANCES)
+def test_on_a_gpu(name: str, width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    rendered: list[Plan] = []
+
+    def render(plan: Plan) -> str:
+        rendered.append(plan)
+        return hopper_source(plan)
+
+    monkeypatch.setattr(tiled_launch, "hopper_source", render)
+    case = find(name, width, dtype)
+    found = errors(case, plan_of(case, "cuda"), "cuda")
+    assert rendered
+    tolerance = {"float16": 3e-3, "bfloat16": 3e-2}
+    limit = max(tolerance[dtype], *(tolerance.get(t.dtype, 0) for t in case.spec.captured), 0)
+    assert {k: v for k, v in found.items() if not v <= limit} == {}
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_programs() -> None:
+    """Each program goes through several tiles of different length, of several groups of heads."""
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    case = find("causal", 128, length=4000)
+    sizes = (Const(3), Const(6), *case.spec.sizes[2:])
+    tensors = tuple(dataclasses.replace(t, shape=(*sizes[:2], *t.shape[2:])) for t in case.spec.tensors)
+    case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, sizes=sizes, tensors=tensors))
+    found = errors(case, plan_of(case, "cuda"), "cuda")
+    assert {k: v for k, v in found.items() if not v <= 3e-2} == {}
