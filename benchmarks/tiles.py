@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attncomp.codegen.launch import current_stream
 from attncomp.codegen.tiled_launch import Launcher
-from attncomp.codegen.tiled_tiles import Tile, shared_bytes
+from attncomp.codegen.tiled_tiles import Tile, hopper_backward_tiles, shared_bytes
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import Const, Expr, Load, add, mul, sub, to_float
 from attncomp.hardware import detect
@@ -124,7 +124,8 @@ class Point:
         offer = TILED.accept(Request(spec, proof, self.device, detect(self.device), hints))
         if isinstance(offer, Rejection):
             raise ValueError(f"tiled rejects {self.case.name}: {offer}")
-        return Plan(spec, proof, TILED.name, offer.params)
+        made_for_hopper = hopper_backward_tiles(spec, detect(self.device)) if training and self.device == "cuda" else {}
+        return Plan(spec, proof, TILED.name, {**offer.params, **made_for_hopper})
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, the gradient of the output, and what is captured; q, k and v as models have them in memory."""

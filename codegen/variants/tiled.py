@@ -5,6 +5,7 @@ Any pointwise program and any mask; the proven key ranges are loop bounds, so ti
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,9 @@ from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
+
+HOPPER_BACKWARD = "ATTNCOMP_HOPPER_BACKWARD"
+"""The environment variable that turns on (1) the backward kernels made for Hopper: some have not run on a GPU yet."""
 
 WIDEST = 256
 DTYPES = ("float16", "bfloat16", "float32")
@@ -75,7 +79,7 @@ class Tiled:
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
-        if request.spec.training and params["descriptors"]:
+        if request.spec.training and params["descriptors"] and os.environ.get(HOPPER_BACKWARD) == "1":
             tiles |= hopper_backward_tiles(request.spec, request.hardware)
             params |= tiles
         if has_spans(request):

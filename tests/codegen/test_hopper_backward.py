@@ -20,7 +20,7 @@ from attncomp.codegen.launch import Boxes, box_layout
 from attncomp.codegen.spans import spanned_plan
 from attncomp.codegen.tiled_backward_source import backward_arguments
 from attncomp.codegen.tiled_tiles import hopper_backward_tiles
-from attncomp.codegen.variants.tiled import TILED
+from attncomp.codegen.variants.tiled import HOPPER_BACKWARD, TILED
 from attncomp.expr import Const, Score, op
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.passes.prove import prove
@@ -31,6 +31,12 @@ from tests.codegen import spans_runs
 from tests.codegen.tiled_runs import SMALL_TILE, errors, find, plan_of, small_tiles, with_dtype
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+
+@pytest.fixture(autouse=True)
+def turned_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOPPER_BACKWARD, "1")
+
 
 _EMULATED = (
     "plain", "causal", "window", "causal_window", "grouped_heads", "one_key_head", "softcap", "alibi_learned",
@@ -296,6 +302,16 @@ def test_ranges_from_data_compile(width: int, tmp_path: Path) -> None:
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_they_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = _spec()
+    hints = dict(zip("bhijde", (2, 2, 4096, 4096, 128, 128), strict=True))
+    request = Request(spec, prove(spec.mask, spec.extents), "cuda", H100_SXM, hints)
+    offers = [TILED.accept(request)]
+    monkeypatch.delenv(HOPPER_BACKWARD)
+    offers.append(TILED.accept(request))
+    assert [isinstance(o, Offer) and "hopper_keys" in o.params for o in offers] == [True, False]
 
 
 @pytest.mark.gpu
