@@ -155,12 +155,13 @@ def flash_varlen(name: str, sizes: Sizes) -> Callable[..., Tensor]:
     Of a padded batch it gives the output of the tokens alone, of a packed one all of it.
     """
     program = BY_NAME[name]
-    assert program.lengths is not None
+    lengths_of = program.lengths
+    assert lengths_of is not None
     known: list[Any] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor, extra: Extra) -> Tensor:
         if not known:
-            lengths = program.lengths(sizes, extra)  # type: ignore[misc]
+            lengths = lengths_of(sizes, extra)
             ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             at = extra["real"].flatten().nonzero().flatten() if "real" in extra else None
             known.append((ends, int(lengths.max()), at, [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]))

@@ -192,7 +192,7 @@ class _Blocks:
 
     def _found(self, e: Expr) -> Range | None:
         if isinstance(e, Const):
-            return Range(e.value, e.value) if e.kind != "float" else None  # type: ignore[arg-type]
+            return Range(e.value, e.value) if e.kind != "float" else None  # type: ignore[arg-type]  # an int or a bool
         if isinstance(e, Axis) and e.name in "ij":
             first = self._places(e.name) * BLOCK
             end = self.lengths[e.name] - 1

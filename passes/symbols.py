@@ -56,6 +56,8 @@ def _without_true_division(e: Any, environment: Any) -> Any:
         quotient = x.args[0]
         if isinstance(quotient, IntTrueDiv) and quotient.args[1].is_Integer and quotient.args[1] > 0:
             n, by = quotient.args
+            if isinstance(x, TruncToInt) and not environment.bound_sympy(n).lower >= 0:
+                continue  # rounded towards zero, a negative number goes the other way
             exact = not isinstance(x, CeilToInt) or sympy.Eq(by * x, n) in known
             chosen[x] = FloorDiv(n if exact else n + by - 1, by)
     return e.xreplace(chosen) if chosen else e

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -23,6 +24,9 @@ N = 300
 Data = Callable[[torch.Generator, int], torch.Tensor]
 
 
+Empty: TypeAlias = Literal["impossible", "zero", "nan"]
+
+
 @dataclass(frozen=True)
 class Masked:
     """A mask over captured tensors (2, n) int64 or bool, each by a function of a generator and its length."""
@@ -35,8 +39,8 @@ class Masked:
     keys: int = N
 
 
-def _id(axis: Expr, name: str = "c0", kind: str = "int") -> Load:
-    return Load(name, (B, axis), kind)  # type: ignore[arg-type]
+def _id(axis: Expr, name: str = "c0", kind: Literal["int", "bool", "float"] = "int") -> Load:
+    return Load(name, (B, axis), kind)
 
 
 def sorted_ids(g: torch.Generator, n: int) -> torch.Tensor:
@@ -118,7 +122,7 @@ MASKS = (
 )
 
 
-def case_of(masked: Masked, *, training: bool = True, empty: str = "zero") -> Case:
+def case_of(masked: Masked, *, training: bool = True, empty: Empty = "zero") -> Case:
     generator = torch.Generator().manual_seed(3)
     lengths = [masked.queries, masked.keys]
     found = [make(generator, n) for make, n in zip(masked.data, lengths, strict=False)]
@@ -135,7 +139,7 @@ def case_of(masked: Masked, *, training: bool = True, empty: str = "zero") -> Ca
         mask=masked.mask,
         captured=infos,
         training=training,
-        normaliser=Normaliser(empty=empty),  # type: ignore[arg-type]
+        normaliser=Normaliser(empty=empty),
     )
     return Case(masked.name, spec, prove(spec.mask, spec.extents), tuple(partial(torch.clone, x) for x in found))
 
@@ -151,7 +155,7 @@ def request_with(case: Case, **hints: int) -> Request:
     return replace(request, hints={**request.hints, **hints})
 
 
-def interpreted(name: str, empty: str = "zero") -> dict[str, float]:
+def interpreted(name: str, empty: Empty = "zero") -> dict[str, float]:
     """Errors of output and gradients of the kernels that read spans."""
     case = case_of(find(name), empty=empty)
     plan = plan_of(case, "cpu", {"spans": True})

@@ -12,7 +12,7 @@ import torch
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Const, walk
 from attncomp.expr import Size as Symbol
-from attncomp.passes.symbols import from_symint
+from attncomp.passes.symbols import NotAnIntegerError, from_symint
 
 
 def traced(size: Callable[[Any], Any], length: int) -> Any:
@@ -47,6 +47,13 @@ def test_sizes_evaluate_to_what_python_computes(name: str) -> None:
     for n in range(2, 60):
         grid = Grid({}, {}, torch.device("cpu"), {symbol: n})
         assert int(evaluate_tensor(expression, grid)) == size(n), n
+
+
+def test_what_may_be_negative_is_not_cut_as_it_is_rounded_down() -> None:
+    """int((n - 21) / 2) of n = 20 is 0, and (n - 21) // 2 is -1."""
+    size = traced(lambda n: int((n - 21) / 2) + 30, 25)
+    with pytest.raises(NotAnIntegerError):
+        from_symint(size)
 
 
 def test_a_block_of_a_padded_length_is_a_number() -> None:
