@@ -15,7 +15,7 @@ expressions like any other. `docs/architecture.md` shows how each known family i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +54,8 @@ class TensorInfo:
     `shape` has one expression per dimension; a dimension of size 1 is read at index 0 (broadcast).
     relative: two dimensions on whose difference alone (second less first) an element depends, as biases of relative
         positions do, or None where no such fact was proven.
+    falls: the dimension along which the tensor is proven never to grow (a cumulated sum of what is never positive), or
+        None where no such fact was proven.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TensorInfo:
     dtype: str
     requires_grad: bool = False
     relative: tuple[int, int] | None = None
+    falls: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +89,28 @@ class Transition:
 
     For recurrences (delta rule and its kin). `decay` is over (b, h, j, d), or None for ones; `erase` and `write` are
     over (b, h, j, d), both None without the rank-one term.
+
+    initial: S_0 over (b, h, d, e), a load of a captured tensor; None is zero.
+    final: the state behind the last row is a second result, (B, H, D, E): in the dtype of the initial state where one
+        is given, else float32 (float64 for float64 inputs).
     """
 
     decay: Expr | None = None
     erase: Expr | None = None
     write: Expr | None = None
+    initial: Expr | None = None
+    final: bool = False
+
+    @property
+    def parts(self) -> tuple[Expr | None, ...]:
+        """Every expression of the transition, in the order of its fields."""
+        return (self.decay, self.erase, self.write, self.initial)
+
+    @staticmethod
+    def of(parts: Sequence[Expr | None], final: bool) -> Transition:
+        """The transition with these `parts`."""
+        decay, erase, write, initial = parts
+        return Transition(decay, erase, write, initial, final)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +166,7 @@ class AttentionSpec:
         shapes = tuple(s for t in self.tensors for s in t.shape)
         n = self.normaliser.sink
         t = self.transition
-        extra = tuple(e for e in (n, *((t.decay, t.erase, t.write) if t else ())) if e is not None)
+        extra = tuple(e for e in (n, *(t.parts if t else ())) if e is not None)
         return (*self.sizes, *shapes, self.score, self.program, self.mask, self.value, self.weight, *extra)
 
     @property
@@ -203,7 +223,7 @@ class AttentionSpec:
         return AttentionSpec(
             sizes=tuple(fresh(s) for s in self.sizes),
             tensors=tuple(
-                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad, t.relative)
+                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad, t.relative, t.falls)
                 for t in self.tensors
             ),
             score=fresh(self.score),
@@ -221,7 +241,7 @@ class AttentionSpec:
             dropout=self.dropout,
             transition=None
             if t is None
-            else Transition(*(None if e is None else fresh(e) for e in (t.decay, t.erase, t.write))),
+            else Transition.of([None if e is None else fresh(e) for e in t.parts], t.final),
             training=self.training,
         )
 
@@ -236,6 +256,7 @@ class AttentionSpec:
                     "dtype": x.dtype,
                     "requires_grad": x.requires_grad,
                     "relative": None if x.relative is None else list(x.relative),
+                    "falls": x.falls,
                 }
                 for x in self.tensors
             ],
@@ -255,8 +276,8 @@ class AttentionSpec:
             "transition": None
             if t is None
             else {
-                name: None if x is None else to_json(x)
-                for name, x in (("decay", t.decay), ("erase", t.erase), ("write", t.write))
+                "parts": [None if x is None else to_json(x) for x in t.parts],
+                "final": t.final,
             },
             "training": self.training,
         }
@@ -273,6 +294,7 @@ class AttentionSpec:
                     x["dtype"],
                     x["requires_grad"],
                     None if x["relative"] is None else (int(x["relative"][0]), int(x["relative"][1])),
+                    x["falls"],
                 )
                 for x in data["tensors"]
             ),
@@ -288,7 +310,7 @@ class AttentionSpec:
             dropout=float.fromhex(data["dropout"]),
             transition=None
             if t is None
-            else Transition(**{k: None if x is None else from_json(x) for k, x in t.items()}),
+            else Transition.of([None if x is None else from_json(x) for x in t["parts"]], t["final"]),
             training=data["training"],
         )
 

@@ -82,6 +82,10 @@ class Inputs(NamedTuple):
     sizes: Sequence[int]
 
 
+Built: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
+"""The output, or the output and the last state where the spec's transition asks for it."""
+
+
 class Variant(Protocol):
     """One way to compute an attention."""
 
@@ -102,8 +106,10 @@ class Variant(Protocol):
 
     def accept(self, request: Request) -> Offer | Rejection: ...
 
-    def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+    def build(self, plan: Plan, inputs: Inputs) -> Built:
         """Compute the output (B, H, Tq, E) from q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, E).
+
+        Where the spec's transition has ``final``: the output and the last state (B, H, D, E).
 
         Any strides; differentiable. `captured` are the spec's captured tensors in order; `sizes` the values of
         ``spec.symbols`` in order (may be SymInt while tracing).
@@ -120,7 +126,7 @@ class KernelVariant(Variant, Protocol):
 
         out is (B, H, Tq, E) with memory order (B, Tq, H, E). lse is (B, H, Tq) float32: the natural log of the row's
         sum of exponentials; for the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of
-        shape (0,).
+        shape (0,), or the last state (B, H, D, E) where the spec's transition has ``final``.
         """
         ...
 
@@ -129,6 +135,8 @@ class KernelVariant(Variant, Protocol):
     ) -> list[torch.Tensor]:
         """[dq, dk, dv, then the gradient of each captured tensor whose `requires_grad` is set].
 
-        Contiguous, with the shapes of the inputs.
+        Contiguous, with the shapes of the inputs. Of a spec whose transition has ``final``, the last state's gradient
+        comes as one more keyword argument, `grad_final`, None where nothing reads the state; only variants that accept
+        transitions are given it.
         """
         ...

@@ -14,6 +14,7 @@ import torch
 
 from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
+from attncomp.expr import loads_of
 from attncomp.plan import Plan
 from attncomp.variant import Inputs, KernelVariant
 
@@ -24,7 +25,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor[] captured, "
-    "SymInt[] sizes, str plan) -> Tensor[]",
+    "SymInt[] sizes, str plan, Tensor? grad_final=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -79,9 +80,31 @@ def resolve(digest: str) -> tuple[Plan, KernelVariant]:
 
 def attention(plan: Plan, inputs: Inputs) -> torch.Tensor:
     """What a kernel variant's `build` calls: one differentiable operator call; returns the output (B, H, Tq, E)."""
+    return attention_and_state(plan, inputs)[0]
+
+
+def attention_and_state(plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` and the operator's second result: the last state, where the plan's transition has ``final``."""
     q, k, v, captured, sizes = inputs
-    out: torch.Tensor = torch.ops.attncomp.attention(q, k, v, list(captured), list(sizes), register_plan(plan))[0]
-    return out
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.attncomp.attention(
+        q, k, v, list(captured), list(sizes), register_plan(plan)
+    )
+    return found
+
+
+def _returns_state(plan: Plan) -> bool:
+    return plan.spec.transition is not None and plan.spec.transition.final
+
+
+def state_dtype(plan: Plan, q: torch.Tensor, captured: Any) -> torch.dtype:
+    """The dtype of the last state: the initial one's, else float32 (float64 for float64 inputs)."""
+    transition = plan.spec.transition
+    if transition is not None and transition.initial is not None:
+        (load,) = set(loads_of(transition.initial))
+        names = [t.name for t in plan.spec.captured]
+        found: torch.dtype = captured[names.index(load.tensor)].dtype
+        return found
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,20 +123,46 @@ def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     plan, _ = resolve(digest)
+    if _returns_state(plan):
+        return out, q.new_empty((batch, heads, q.shape[-1], v.shape[-1]), dtype=state_dtype(plan, q, captured))
     lse_shape = (0,) if plan.spec.normaliser.kind == "none" else (batch, heads, length)
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def run_attention_backward(
-    grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
+    grad_out: Any,
+    out: Any,
+    lse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    captured: Any,
+    sizes: Any,
+    digest: str,
+    grad_final: Any = None,
 ) -> list[torch.Tensor]:
     """What the backward operator does."""
     plan, variant = resolve(digest)
+    if grad_final is not None:
+        takes_state: Any = variant.backward  # a variant that accepted a transition
+        found: list[torch.Tensor] = takes_state(
+            plan, grad_out, out, lse, Inputs(q, k, v, captured, sizes), grad_final=grad_final
+        )
+        return found
     return variant.backward(plan, grad_out, out, lse, Inputs(q, k, v, captured, sizes))
 
 
 def _backward_fake(
-    grad_out: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
+    grad_out: Any,
+    out: Any,
+    lse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    captured: Any,
+    sizes: Any,
+    digest: str,
+    grad_final: Any = None,
 ) -> list[torch.Tensor]:
     plan, _ = resolve(digest)
     learned = [c for c, info in zip(captured, plan.spec.captured, strict=True) if info.requires_grad]
@@ -134,9 +183,15 @@ def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     plan, _ = resolve(ctx.digest)
     # torch takes an empty list for a list of tensors, and wants a list back
     no_sizes: list[None] | None = None if ctx.sizes else []
-    if grad_out is None:
+    if not _returns_state(plan):
+        grad_lse = None
+    if grad_out is None and grad_lse is None:
         return None, None, None, [None] * len(captured), no_sizes, None
-    grads = torch.ops.attncomp.attention_backward(grad_out, out, lse, q, k, v, captured, ctx.sizes, ctx.digest)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.attncomp.attention_backward(
+        grad_out, out, lse, q, k, v, captured, ctx.sizes, ctx.digest, grad_lse
+    )
     learned = iter(grads[3:])
     of_captured = [next(learned) if info.requires_grad else None for info in plan.spec.captured]
     return grads[0], grads[1], grads[2], of_captured, no_sizes, None
