@@ -39,7 +39,8 @@ _INFIX = {
     "ge": ">=",
 }
 _INFIX |= {"and": "&", "or": "|"}
-_CALLS = frozenset(("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "sigmoid"))
+_CALLS = frozenset(("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor"))
+_NAN = ", propagate_nan=triton.language.PropagateNan.ALL"  # Gluon's language has the argument, but not its values
 _POINTER_INT = {"int8": "int32", "int16": "int32", "uint8": "int32"}
 
 
@@ -230,8 +231,6 @@ class Printer:
         if e.name in _INFIX:
             return f"({args[0]} {_INFIX[e.name]} {args[1]})"
         if e.name in _CALLS:
-            if e.name == "sigmoid" and self.language == "gl":  # it has none
-                return f"(1.0 / (1.0 + gl.exp(-{args[0]})))"
             return f"{self.language}.{e.name}({_bare(args[0])})"
         return self._special(e, args, kinds)
 
@@ -241,10 +240,10 @@ class Printer:
         if e.name == "where":
             return f"{tl}.where({', '.join(bare)})"
         if e.name in ("minimum", "maximum"):
-            nan = ", propagate_nan=tl.PropagateNan.ALL" if e.kind == "float" else ""
+            nan = _NAN if e.kind == "float" else ""
             return f"{tl}.{e.name}({bare[0]}, {bare[1]}{nan})"
         if e.name == "relu":
-            zero, nan = ("0.0", ", propagate_nan=tl.PropagateNan.ALL") if e.kind == "float" else ("0", "")
+            zero, nan = ("0.0", _NAN) if e.kind == "float" else ("0", "")
             return f"{tl}.maximum({bare[0]}, {zero}{nan})"
         if e.name == "neg":
             return f"(-{args[0]})"
@@ -254,6 +253,8 @@ class Printer:
             return f"({args[0]} == 0)"
         if e.name == "reciprocal":
             return f"(1.0 / {args[0]})"
+        if e.name == "sigmoid":  # written out: Gluon has none
+            return f"(1.0 / (1.0 + {tl}.exp(-{args[0]})))"
         if e.name == "tanh":
             return self._call("tanh_precise" if self.precise else "tanh", *bare)
         if e.name in ("floordiv", "mod"):

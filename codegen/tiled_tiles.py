@@ -59,7 +59,6 @@ def has_descriptors(spec: AttentionSpec, hardware: Hardware) -> bool:
 _GLUON = ((3, 6), (3, 9))
 """Versions of Triton whose Gluon the kernels for Hopper are known to compile with: it is no stable interface."""
 _HOPPER_WIDTHS = (64, 128)
-_NOT_IN_GLUON = ("sigmoid",)
 _ROWS = 64
 """Queries of one group of four warps of ``hopper_forward``: what one instruction multiplies."""
 
@@ -81,8 +80,7 @@ def hopper_backward_tiles(spec: AttentionSpec, hardware: Hardware) -> dict[str, 
         return {}
     if spec.normaliser.kind != "softmax" or not {spec.size("d"), spec.size("e")} <= {Const(w) for w in _HOPPER_WIDTHS}:
         return {}
-    operations = {n.name for e in (spec.program, spec.mask) for n in walk(e) if isinstance(n, Op)}
-    if not contains(spec.program, Score) or operations & set(_NOT_IN_GLUON):
+    if not contains(spec.program, Score):
         return {}
     keys: Tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
     queries = keys

@@ -252,6 +252,17 @@ def test_compiles_with_overlap_and_without_spilled_tiles(name: str, width: int, 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
+_LIMITS = {"float16": 3e-3, "bfloat16": 3e-2}
+_SUMMED = {"learned_scale": {"float16": 1.4e-2, "bfloat16": 0.11}}
+"""What the gradient of one number for all pairs may be off by: four standard deviations.
+
+It is the sum of W (dP - D) S over all pairs, 120000 in absolute terms of which 180 remain. D = rowsum(dO * O) comes from
+the output as it was stored, so what was rounded there stands in a whole row of terms with one sign, times the row's
+mean score (19 here). Of 64 products rounded to float16 in each of 1280 rows that leaves a standard deviation of 0.24%
+of the result, and the weights, rounded before they meet the values, as much again; 1.9% and 2.0% in bfloat16. The
+reference in float64 is off by as much if only its output is rounded.
+"""
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -271,9 +282,9 @@ def test_on_a_gpu(name: str, width: int, dtype: str, monkeypatch: pytest.MonkeyP
     case = find(name, width, dtype)
     found = errors(case, plan_of(case, "cuda"), "cuda")
     assert rendered
-    tolerance = {"float16": 3e-3, "bfloat16": 3e-2}
-    limit = max(tolerance[dtype], *(tolerance.get(t.dtype, 0) for t in case.spec.captured), 0)
-    assert {k: v for k, v in found.items() if not v <= limit} == {}
+    limit = max(_LIMITS[dtype], *(_LIMITS.get(t.dtype, 0) for t in case.spec.captured), 0)
+    limits = dict.fromkeys(found, limit) | ({"dc0": _SUMMED[name][dtype]} if name in _SUMMED else {})
+    assert {k: v for k, v in found.items() if not v <= limits[k]} == {}
 
 
 @pytest.mark.gpu

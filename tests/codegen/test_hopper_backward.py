@@ -7,7 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from attncomp.codegen.spans import spanned_plan
 from attncomp.codegen.tiled_backward_source import backward_arguments
 from attncomp.codegen.tiled_tiles import hopper_backward_tiles
 from attncomp.codegen.variants.tiled import HOPPER_BACKWARD, TILED
-from attncomp.expr import Const, Score, op
+from attncomp.expr import Const, Expr, Load, Score, add, maximum, minimum, mod, mul, op, sub, to_float
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
-from attncomp.spec import AttentionSpec, Normaliser, TensorInfo, plain_spec
+from attncomp.spec import AttentionSpec, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.variant import Offer, Request
 from tests.codegen import spans_runs
 from tests.codegen.tiled_runs import SMALL_TILE, errors, find, plan_of, small_tiles, with_dtype
@@ -73,7 +73,6 @@ def test_taken(width: int, dtype: str) -> None:
         ({"width": 256}, H100_SXM),
         ({"normaliser": Normaliser("none")}, H100_SXM),
         ({"program": Const(0.5)}, H100_SXM),
-        ({"program": op("sigmoid", Score())}, H100_SXM),
     ],
 )
 def test_left_to_the_plain_kernels(changes: dict[str, Any], hardware: Hardware) -> None:
@@ -252,10 +251,9 @@ def _long(name: str, width: int, dtype: str = "bfloat16", **changes: Any) -> Pla
     )
     heads = case.spec.size("h")
     assert isinstance(heads, Const)
-    spec = _spec(
-        width, dtype, query=4000, key=4000, heads=int(heads.value), program=case.spec.program, mask=case.spec.mask,
-        normaliser=case.spec.normaliser, captured=captured, **changes,
-    )  # fmt: skip
+    own = {"program": case.spec.program, "mask": case.spec.mask, "normaliser": case.spec.normaliser}
+    own |= {"captured": captured, **changes}
+    spec = _spec(width, dtype, query=4000, key=4000, heads=int(heads.value), **own)
     key_hi, query_hi = (
         spec.size(axis) if e == case.spec.size(axis) else e
         for axis, e in (("j", case.proof.key_hi), ("i", case.proof.query_hi))
@@ -299,6 +297,39 @@ def test_ranges_from_data_compile(width: int, tmp_path: Path) -> None:
     spec = _spec(width, mask=spans_runs.find("documents").mask, captured=(ids,))
     params = {**plan_of(find("plain"), "cuda").params, **hopper_backward_tiles(spec, H100_SXM), "spans": True}
     _fast(spanned_plan(Plan(spec, prove(spec.mask, spec.extents), "tiled", params)), tmp_path)
+
+
+def _of_every_operation(*names: str) -> Expr:
+    """A sum of operations of the score, each over a range where it has a value."""
+    positive = add(op("abs", Score()), Const(0.5))
+    terms = [op(name, positive) for name in names]
+    clipped = minimum(maximum(Score(), Const(-3.0)), Const(3.0))
+    powers = op("pow", positive, clipped), op("div", clipped, positive)
+    whole = to_float(op("floordiv", sub(I, J), Const(3)))
+    return reduce(add, (*terms, *powers, mul(whole, to_float(mod(sub(J, I), Const(5))))))
+
+
+_DIFFERENTIABLE = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "sigmoid", "tanh", "relu", "reciprocal")
+
+
+@pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
+def test_every_operation_has_a_form_in_gluon() -> None:
+    plan = _long("plain", 64)
+    plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, program=_of_every_operation(*_DIFFERENTIABLE)))
+    assert set(compiled(plan)) == {"keys", "queries"}
+
+
+@pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
+@pytest.mark.parametrize("axis", ["i", "j"])
+def test_each_sum_is_added_once(axis: str) -> None:
+    """A thread adds one element: not again for each of the replicas that the layout of scores has of a row's sum."""
+    learned = (TensorInfo("c0", (Const(2), Const(4000)), "float32", True),)
+    program = add(mul(Score(), Const(0.1)), Load("c0", (H, I if axis == "i" else J)))
+    plan = _long("plain", 64, captured=learned, program=program)
+    kernels = compiled(plan)
+    for name, by in (("keys", "j"), ("queries", "i")):
+        added = re.findall(r"\b(?:red|atom)\.global\S*add\.f32", kernels[name].asm["ptx"])
+        assert len(added) == (axis == by)
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

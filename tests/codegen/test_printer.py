@@ -70,7 +70,7 @@ def text(e: Expr, **options: bool) -> str:
         (not_(Op("lt", (Score(), Const(0.0)))), "(s < 0.0) == 0"),
         (op("exp", Score()), "tl.exp(s)"),
         (op("tanh", Score()), "tanh(s)"),
-        (op("maximum", Score(), Const(0.0)), "tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL)"),
+        (op("maximum", Score(), Const(0.0)), "tl.maximum(s, 0.0, propagate_nan=triton.language.PropagateNan.ALL)"),
         (op("maximum", J, Const(3)), "tl.maximum(j, 3)"),
         (op("pow", Score(), Const(3.0)), "s * s * s"),
         (op("pow", Score(), Const(-2.0)), "1.0 / (s * s)"),
