@@ -256,7 +256,7 @@ _LIMITS = {"float16": 3e-3, "bfloat16": 3e-2}
 _SUMMED = {"learned_scale": {"float16": 1.4e-2, "bfloat16": 0.11}}
 """What the gradient of one number for all pairs may be off by: four standard deviations.
 
-It is the sum of W (dP - D) S over all pairs, 120000 in absolute terms of which 180 remain. D = rowsum(dO * O) comes from
+It sums W (dP - D) S over all pairs, 120000 in absolute terms of which 180 remain. D = rowsum(dO * O) comes from
 the output as it was stored, so what was rounded there stands in a whole row of terms with one sign, times the row's
 mean score (19 here). Of 64 products rounded to float16 in each of 1280 rows that leaves a standard deviation of 0.24%
 of the result, and the weights, rounded before they meet the values, as much again; 1.9% and 2.0% in bfloat16. The
