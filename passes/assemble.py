@@ -32,6 +32,7 @@ from attncomp.passes.access import Access, Read, access
 from attncomp.passes.axes import Axes, merged_names
 from attncomp.passes.contraction import is_contraction
 from attncomp.passes.difference import difference_dimensions
+from attncomp.passes.falling import falls
 from attncomp.passes.heads import kv_head, outer_axes, present_heads, same_heads, spec_sizes, to_spec_axes
 from attncomp.passes.mask import Masked, may_be_low, split_zeros
 from attncomp.passes.nodes import name_of, shape_of, value_of
@@ -171,6 +172,7 @@ def assemble(
             str(value_of(n).dtype).removeprefix("torch."),
             needs_gradient(n),
             _relative(reader, n, renamed[name], program),
+            falls(reader.graph, n),
         )
         for name, n in captured.items()
     )
