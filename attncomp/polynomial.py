@@ -137,6 +137,16 @@ def constant(e: Expr) -> int | None:
     return polynomial[()] if set(polynomial) == {()} else None
 
 
+def ratio(x: Expr, y: Expr) -> int | None:
+    """The number n > 0 with ``x == n * y`` for every value of their atoms, if there is one."""
+    dividend, divisor = terms(x), terms(y)
+    if not divisor:
+        return None
+    monomial, coefficient = next(iter(divisor.items()))
+    n, rest = divmod(dividend.get(monomial, 0), coefficient)
+    return n if n > 0 and not rest and dividend == {m: n * c for m, c in divisor.items()} else None
+
+
 def divide_terms(polynomial: Terms, n: int) -> tuple[Terms, Terms]:
     """Split into ``n * quotient + rest``; the constant of the rest is in [0, n)."""
     quotient: dict[Monomial, int] = {}

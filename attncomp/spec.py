@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from attncomp import polynomial
 from attncomp.expr import (
     ONE,
     TRUE,
@@ -183,26 +184,18 @@ class AttentionSpec:
             and self.value.tensor == "v"
         ):
             return None
-        for g in self._groups():
-            head = H if g == 1 else floordiv(H, Const(g))
-            heads = ZERO if self.tensor("k").shape[1] == ONE else head
-            plain = all(
-                load.index == (ZERO if info.shape[0] == ONE else B, heads_of, along, width)
-                for load, info, heads_of, along, width in (
-                    (q, self.tensor("q"), ZERO if self.tensor("q").shape[1] == ONE else H, I, D),
-                    (k, self.tensor("k"), heads, J, D),
-                    (self.value, self.tensor("v"), heads, J, E),
-                )
+        g = polynomial.ratio(self.size("h"), self.tensor("k").shape[1]) or 1
+        head = H if g == 1 else floordiv(H, Const(g))
+        heads = ZERO if self.tensor("k").shape[1] == ONE else head
+        plain = all(
+            load.index == (ZERO if info.shape[0] == ONE else B, heads_of, along, width)
+            for load, info, heads_of, along, width in (
+                (q, self.tensor("q"), ZERO if self.tensor("q").shape[1] == ONE else H, I, D),
+                (k, self.tensor("k"), heads, J, D),
+                (self.value, self.tensor("v"), heads, J, E),
             )
-            if plain:
-                return g
-        return None
-
-    def _groups(self) -> tuple[int, ...]:
-        h, hk = self.size("h"), self.tensor("k").shape[1]
-        if isinstance(h, Const) and isinstance(hk, Const) and int(hk.value) > 0 and int(h.value) % int(hk.value) == 0:
-            return (int(h.value) // int(hk.value),)
-        return (1,)
+        )
+        return g if plain else None
 
     def affine(self) -> tuple[Expr, Expr] | None:
         """(scale, bias) if the program is ``S * scale + bias`` with neither depending on S; else None."""

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import torch
+from torch.fx import GraphModule, Node
+
 from attncomp import polynomial
 from attncomp.expr import ONE, ZERO, Axis, Const, Expr, floordiv, mul
 from attncomp.passes.access import Access
+from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.reshape import divide, remainder
+from attncomp.passes.symbols import hint
 from attncomp.spec import B, E, H, I
 from attncomp.variant import Rejection
+
+
+def is_grouped(sdpa: Node) -> bool:
+    """Whether query heads may share key heads in this SDPA call."""
+    return bool(sdpa.kwargs.get("enable_gqa", False))
+
+
+def guard_groups(graph: GraphModule) -> None:
+    """Where both numbers of heads are known only at run time, guard how many query heads share a key head.
+
+    Under ``dynamic=True`` a part of a model behind a graph break takes even its heads for dynamic. The kernels need the
+    size of a group, which a model does not change; the numbers of heads stay dynamic.
+    """
+    for node in graph.graph.nodes:
+        if name_of(node) != "scaled_dot_product_attention" or not is_grouped(node):
+            continue
+        heads, kv_heads = (value_of(x).shape[-3] for x in node.args[:2])
+        known = (hint(heads), hint(kv_heads))
+        if all(isinstance(x, torch.SymInt) for x in (heads, kv_heads)) and known[1] and not known[0] % known[1]:
+            bool(heads == kv_heads * (known[0] // known[1]))
 
 
 def same_heads(k: Access, v: Access, batch: int) -> bool:
@@ -43,10 +68,9 @@ def present_heads(k: Access, batch: tuple[str, ...], outer: int, extents: dict[s
 def kv_head(h: Expr, kv_heads: Expr) -> Expr | Rejection:
     if kv_heads == ONE:
         return ZERO
-    if polynomial.equal(h, kv_heads):
-        return H
-    if isinstance(h, Const) and isinstance(kv_heads, Const):
-        return floordiv(H, Const(int(h.value) // int(kv_heads.value)))
+    group = polynomial.ratio(h, kv_heads)
+    if group is not None:
+        return H if group == 1 else floordiv(H, Const(group))
     return Rejection("head-groups", f"{h} query heads over {kv_heads} key heads")
 
 

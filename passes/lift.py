@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from attncomp.passes.contraction import is_contraction
 from attncomp.passes.distribute import DISTRIBUTED, distribute, put_back
+from attncomp.passes.heads import guard_groups
 from attncomp.passes.lift_flex import is_flex, lift_flex, result_of
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_over_queries import lift_over_queries
@@ -31,6 +32,7 @@ def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
 
     Products with sums of weights are taken apart in the graph, where that makes attentions of them.
     """
+    guard_groups(graph)
     apart = distribute(graph)
     found = _anchored(graph)
     outputs = {s.output for s in found if isinstance(s, Site)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from attncomp import polynomial
 from attncomp.expr import ONE, Const, Expr, Load, Weight, add, floordiv, ge, mul, op, to_float, where
 from attncomp.passes.assemble import assemble
 from attncomp.passes.axes import Axes
+from attncomp.passes.heads import is_grouped
 from attncomp.passes.mask import may_be_minus_infinity, split_mask
 from attncomp.passes.nodes import Index, argument, shape_of, value_of
 from attncomp.passes.reader import Reader
@@ -25,7 +27,7 @@ def lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
     dropout = float(argument(node, 4, "dropout_p", 0.0))
     causal = bool(argument(node, 5, "is_causal", False))
     scale = node.kwargs.get("scale")
-    grouped = bool(node.kwargs.get("enable_gqa", False))
+    grouped = is_grouped(node)
     if min(value_of(x).dim() for x in (q, k, v)) < 2:
         yield Rejection("rank", "SDPA on fewer than 2 dimensions")
     axes = Axes.of_output(node)
@@ -37,15 +39,11 @@ def lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
     heads, kv_heads = (shape_of(x)[-3] if value_of(x).dim() > 2 else ONE for x in (q, k))
     kv_batch: list[Expr] = list(batch)
     if grouped and heads != kv_heads:
-        if not (
-            isinstance(heads, Const)
-            and isinstance(kv_heads, Const)
-            and int(heads.value) % max(int(kv_heads.value), 1) == 0
-        ):
+        group = polynomial.ratio(heads, kv_heads)
+        if group is None:
             yield Rejection("head-groups", f"{heads} query heads over {kv_heads} key heads")
-        assert isinstance(heads, Const)
-        assert isinstance(kv_heads, Const)
-        kv_batch[-1] = floordiv(batch[-1], Const(int(heads.value) // int(kv_heads.value)))
+            return
+        kv_batch[-1] = floordiv(batch[-1], Const(group))
 
     def at(x: Node, lead: list[Expr], row: Expr, width: Expr) -> Index:
         shape = value_of(x).shape

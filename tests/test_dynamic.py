@@ -128,3 +128,19 @@ def test_blocks_of_padded_lengths_with_keys_that_all_share() -> None:
     sites = [s for r in attncomp.reports()[before:] for s in r.sites]
     assert [(s.kind, s.verdict) for s in sites] == [("softmax", "rewritten")] * len(sites)
     assert 1 <= len(sites) <= 2  # one block may be another graph than several
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_numbers_of_heads_known_at_run_time_share_keys_in_groups_of_one_size() -> None:
+    """The size of a group is guarded; batch, heads and lengths stay dynamic."""
+    made = compiled(grouped, dynamic=True)
+    before = len(attncomp.reports())
+    for batch, heads, length in ((5, 6, 16), (4, 9, 21), (7, 12, 33)):  # no two sizes alike: torch takes them for one
+        check(grouped, made, (batch, heads, length, 8), *[(batch, heads // 3, length, 8)] * 2)
+    assert len(attncomp.reports()) == before + 1
+    check(grouped, made, (5, 6, 16, 8), *[(5, 3, 16, 8)] * 2)
+    reports = attncomp.reports()[before:]
+    assert [s.verdict for r in reports for s in r.sites] == ["rewritten"] * 2
