@@ -94,7 +94,7 @@ def recognise_program(spec: AttentionSpec) -> LinearForm | Rejection:
         return Rejection("transition", "the state has its own transition (a gated or delta-rule recurrence)")
     if spec.dropout or not isinstance(spec.weight, Weight):
         return Rejection("weight-changed", "dropout or another program acts on the weights, which are never formed")
-    found = _factor(rebuild(spec.program, _under_causal))
+    found = _factor(rebuild(spec.program, under_causal))
     if isinstance(found, Rejection):
         return found
     if found.scores != 1:
@@ -118,6 +118,22 @@ def recognise(spec: AttentionSpec, proof: MaskProof) -> LinearForm | Rejection:
     form = recognise_program(spec)
     if isinstance(form, Rejection) and form.code == "softmax":
         return form
+    found = not_causal(spec, proof)
+    if found is not None:
+        return found
+    if isinstance(form, Rejection):
+        return form
+    if spec.group is None:
+        return Rejection("layout", "q, k or v is read through more than strides and head groups")
+    q, k, v = spec.tensors[:3]
+    whole = q.shape[:2] == (spec.size("b"), spec.size("h"))
+    if not (whole and k.shape[0] == v.shape[0] == spec.size("b") and k.shape[1] == v.shape[1]):
+        return Rejection("layout", "q, k or v is broadcast along the batch or the heads")
+    return form
+
+
+def not_causal(spec: AttentionSpec, proof: MaskProof) -> Rejection | None:
+    """Why the mask is not exactly ``i >= j`` over as many queries as keys; None if it is."""
     rows = add(I, ONE)
     exact = (
         proof.text == "causal"
@@ -129,15 +145,7 @@ def recognise(spec: AttentionSpec, proof: MaskProof) -> LinearForm | Rejection:
         return Rejection("mask-not-causal", f"the mask is {proof.text}; the state form needs exactly causal (i >= j)")
     if spec.size("i") != spec.size("j"):
         return Rejection("lengths-differ", f"{spec.size('i')} queries but {spec.size('j')} keys")
-    if isinstance(form, Rejection):
-        return form
-    if spec.group is None:
-        return Rejection("layout", "q, k or v is read through more than strides and head groups")
-    q, k, v = spec.tensors[:3]
-    whole = q.shape[:2] == (spec.size("b"), spec.size("h"))
-    if not (whole and k.shape[0] == v.shape[0] == spec.size("b") and k.shape[1] == v.shape[1]):
-        return Rejection("layout", "q, k or v is broadcast along the batch or the heads")
-    return form
+    return None
 
 
 def _distance(e: Expr) -> tuple[int, int] | None:
@@ -152,7 +160,7 @@ def _distance(e: Expr) -> tuple[int, int] | None:
     return (step, rest) if found == {(I,): step, (J,): -step} and step in (1, -1) else None
 
 
-def _under_causal(e: Expr) -> Expr | None:
+def under_causal(e: Expr) -> Expr | None:
     """What `e` is on the causal triangle, where i - j >= 0; None to look inside."""
     if not isinstance(e, Op):
         return None

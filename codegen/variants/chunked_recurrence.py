@@ -1,0 +1,138 @@
+"""Linear attention whose state decays or is erased by data, in chunks: O(n) in time and memory, exact, with gradients.
+
+Gates for each token or channel, the delta rule, both together, states that are given and returned, a constant decay
+that is learned. `recurrence_form.recognise` says which specs have the form; `docs/linear.md` has the mathematics.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attncomp.codegen import recurrence_aten as aten
+from attncomp.codegen.ops import attention, attention_and_state, state_dtype
+from attncomp.codegen.recurrence_form import RecurrenceForm, recognise, recognise_form
+from attncomp.cost import Efficiency, Work
+from attncomp.derivative import derivative
+from attncomp.expr import Expr, loads_of
+from attncomp.plan import Plan
+from attncomp.spec import AttentionSpec
+from attncomp.variant import Built, Exactness, Family, Inputs, Offer, Rejection, Request
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ATEN_ROWS = {"channel": 16, "token": 64, "head": 64, "none": 64}
+"""Rows of a chunk by what a gate is for; a gate for each channel needs rows² numbers for each."""
+
+ATEN_LAUNCHES = {"forward": 24, "backward": 90}
+"""Operators for each chunk, counted in `recurrence_aten` for a scalar gate; the delta rule needs twice as many."""
+
+# Estimates: the products of a chunk are small, and their results pass through memory.
+ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.2, bandwidth=0.5), "cuda": Efficiency(compute=0.1, bandwidth=0.4)}
+
+
+class ChunkedRecurrence:
+    """The variant ``chunked_recurrence``; see the module's text."""
+
+    name = "chunked_recurrence"
+    family: Family = "linear"
+    exactness: Exactness = "exact"
+    summary = "linear attention with gates, the delta rule, or a state that is given or returned, in O(n) by chunks"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    # -- choosing ----------------------------------------------------------------------------------------------------
+
+    def accept(self, request: Request) -> Offer | Rejection:
+        spec = request.spec
+        form = recognise(spec, request.proof)
+        if isinstance(form, Rejection):
+            return form
+        if request.device not in self.devices:
+            return Rejection("device", f"runs on {', '.join(self.devices)}, not on {request.device}")
+        found = _dtypes(spec) or _derivatives(spec, form)
+        if found is not None:
+            return found
+        rows = ATEN_ROWS["none" if form.gate is None else form.gate.per]
+        return Offer({"backend": "aten", "chunk": rows}, _aten_work(request, form, rows), "torch operators")
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def build(self, plan: Plan, inputs: Inputs) -> Built:
+        if plan.spec.transition is not None and plan.spec.transition.final:
+            return attention_and_state(plan, inputs)
+        return attention(plan, inputs)
+
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        out, state = aten.forward(plan, form_of(plan), inputs)
+        if state is None:
+            return out, out.new_empty((0,), dtype=torch.float32)
+        return out, state.to(state_dtype(plan, inputs.q, inputs.captured)).contiguous()
+
+    def backward(
+        self,
+        plan: Plan,
+        grad_out: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        inputs: Inputs,
+        grad_final: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        return aten.backward(plan, form_of(plan), grad_out, grad_final, inputs)
+
+
+def form_of(plan: Plan) -> RecurrenceForm:
+    """The form of a plan that this variant offered.
+
+    Raises:
+        ValueError: the plan's spec has no such form, so it never came from `accept`.
+    """
+    form = recognise_form(plan.spec)
+    if isinstance(form, Rejection):
+        raise ValueError(f"chunked_recurrence was planned for a spec that it rejects: {form}")
+    return form
+
+
+def _dtypes(spec: AttentionSpec) -> Rejection | None:
+    dtypes = {t.dtype for t in spec.tensors[:3]} | {spec.dtype}
+    if len(dtypes) == 1 and dtypes <= set(DTYPE_BYTES):
+        return None
+    return Rejection("dtype", f"q, k, v and the output are {', '.join(sorted(dtypes))}, not of one floating dtype")
+
+
+def _derivatives(spec: AttentionSpec, form: RecurrenceForm) -> Rejection | None:
+    """What a gradient would need and no rule gives."""
+    learned = {"k", "v", *(t.name for t in spec.captured if t.requires_grad)}
+    parts: list[Expr | None] = [form.scale, form.value, form.erase, form.write]
+    parts.append(None if form.gate is None else form.gate.expr)
+    for e in parts:
+        for load in () if e is None else loads_of(e):
+            if e is not None and load.tensor in learned and derivative(e, load) is None:
+                return Rejection("no-derivative", f"there is no rule for the derivative of {e}")
+    return None
+
+
+def _aten_work(request: Request, form: RecurrenceForm, chunk: int) -> Work:
+    n, spec = request.hints, request.spec
+    b, h, t, d, e = (n[axis] for axis in ("b", "h", "i", "d", "e"))
+    rows, chunk = float(b * h * t), min(chunk, max(t, 1))
+    chunks = -(-t // chunk)
+    dtype = "fp64" if spec.dtype == "float64" else "fp32"
+    element, working = DTYPE_BYTES[spec.dtype], 8 if dtype == "fp64" else 4
+    writes = 1 if form.erase is None else 2  # rows that are written to the state: k, and what is erased
+    per_channel = d if form.gate is not None and form.gate.per == "channel" else 1
+    flops = 2.0 * rows * (writes**2 * chunk * d + writes * (chunk * e + d * e) + writes * d * e)
+    # Inputs once; a chunk's weights, products and state are written and read by the operators between.
+    weights = writes**2 * chunk * (2 + 2 * per_channel)
+    traffic = rows * (4 * (d + e) * element + working * (2 * weights + 6 * writes * (d + e) + 4 * d * e / chunk))
+    efficiency = ATEN_EFFICIENCY[request.device]
+    exps = rows * chunk * per_channel if form.gate is not None else 0.0
+
+    def step(times: float, launches: int) -> Work:
+        count = launches * chunks * writes
+        return Work(
+            times * flops, times * traffic, count, times * exps, efficiency.compute, efficiency.bandwidth, dtype
+        )
+
+    work = step(1.0, ATEN_LAUNCHES["forward"])
+    return work + step(4.0, ATEN_LAUNCHES["backward"]) if spec.training else work
+
+
+CHUNKED_RECURRENCE = ChunkedRecurrence()
