@@ -1,8 +1,8 @@
 """What gates multiply between two places of a chunk, and the way back from those products to the gates.
 
 A gate a_t multiplies the state at token t, for all channels (width 1) or for each (width D). Of logarithms, every
-product is the exponential of one difference of sums. Of gates themselves it is a running product, so that zeros and negative
-gates are right, and their gradients too: nothing is divided, and no logarithm is taken.
+product is the exponential of one difference of sums. Of gates themselves it is a running product, so that zeros and
+negative gates are right, and their gradients too: nothing is divided, and no logarithm is taken.
 """
 
 from __future__ import annotations
