@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from attncomp.cost import UNFUSED, Work, predict_ms, unfused_linear_work, unfused_softmax_work
 from attncomp.expr import TRUE, Const, Expr, Load, Score, mul
 from attncomp.hardware import Hardware
 from attncomp.passes.lift_flex import is_flex
-from attncomp.passes.nodes import argument, name_of
+from attncomp.passes.nodes import argument, name_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.site import Site, tensor_of
+from attncomp.passes.symbols import hint
 from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo
 from attncomp.variant import Offer, Request, Variant
 
@@ -21,6 +24,8 @@ from attncomp.variant import Offer, Request, Variant
 def as_written_ms(site: Site, request: Request, variants: Sequence[Variant]) -> float:
     """Predicted time of the site as the user wrote it, compiled by inductor."""
     n, spec, hardware = request.hints, request.spec, request.hardware
+    if site.written is not None:
+        return predict_ms(site.written, hardware)
     itemsize = tensor_of(site.q.node).dtype.itemsize
     kv_heads = n["h"] // (spec.group or 1)
     if name_of(site.anchor) == "scaled_dot_product_attention":
@@ -36,6 +41,42 @@ def as_written_ms(site: Site, request: Request, variants: Sequence[Variant]) -> 
         else unfused_linear_work(*shape, dtype=dtype, efficiency=efficiency)
     )
     return predict_ms(work, hardware)
+
+
+_REDUCTIONS = frozenset(
+    ("matmul", "bmm", "mm", "baddbmm", "einsum", "sum", "mean", "cumsum", "cumprod", "linalg_solve_triangular")
+)
+_MOVES = frozenset(("cat", "stack", "clone", "select_scatter", "slice_scatter"))
+
+
+def work_of(nodes: Iterable[Node], training: bool, dtype: str) -> Work:
+    """What nodes do when inductor compiles them: a kernel for each contraction, with the elementwise work before it
+    fused.
+
+    Views cost nothing; a scatter writes the part that it is given.
+    """
+    flops, moved, launches = 0.0, 0.0, 1
+    for node in nodes:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or node.op != "call_function":
+            continue
+        name = name_of(node)
+        if name not in _REDUCTIONS | _MOVES:
+            continue
+        launches += 1
+        size = math.prod(hint(s) for s in value.shape)
+        read = [a for a in node.all_input_nodes if isinstance(value_of(a), torch.Tensor)]
+        if name in ("select_scatter", "slice_scatter"):
+            read = read[1:]
+            size = math.prod(hint(s) for s in value_of(read[0]).shape) if read else 0
+        elements = [math.prod(hint(s) for s in value_of(a).shape) for a in read]
+        moved += (size + sum(elements)) * value.dtype.itemsize
+        if name in ("matmul", "bmm", "mm", "baddbmm", "einsum", "linalg_solve_triangular") and len(elements) > 1:
+            flops += 2.0 * math.sqrt(float(elements[-1]) * elements[-2] * max(size, 1))
+        else:
+            flops += float(sum(elements))
+    passes = 3 if training else 1
+    return Work(flops=passes * flops, bytes=passes * moved, launches=passes * launches, dtype=dtype)
 
 
 def _flex_ms(request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:

@@ -173,4 +173,4 @@ def _kind(site: Site) -> tuple[Any, ...]:
     flex = name_of(site.anchor) == "getitem" and any(map(is_flex, site.anchor.all_input_nodes))
     masked = isinstance(argument(site.anchor, 3, "attn_mask"), Node)
     rows = (site.q.dims[-2] is None, site.k.dims[-2] is None)
-    return (site.kind, site.spec, site.proof, q.device, q.dtype, name_of(site.anchor), flex, masked, rows)
+    return (site.kind, site.spec, site.proof, q.device, q.dtype, name_of(site.anchor), flex, masked, rows, site.written)

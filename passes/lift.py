@@ -18,6 +18,7 @@ from attncomp.passes.heads import guard_groups
 from attncomp.passes.lift_flex import is_flex, lift_flex, result_of
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_over_queries import lift_over_queries
+from attncomp.passes.lift_recurrence import lift_recurrences
 from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax, weights_path
 from attncomp.passes.nodes import name_of
@@ -65,6 +66,10 @@ def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
             found.append(_reported("softmax", anchor, result))
             if isinstance(result, Site):
                 claimed |= result.covered()
+    for recurrence in lift_recurrences(graph, claimed):
+        found.append(recurrence)
+        if isinstance(recurrence, Site):
+            claimed |= recurrence.covered()
     for node in reversed(graph.graph.nodes):
         if is_contraction(node) and node not in claimed and DISTRIBUTED not in node.meta:
             result = attempted(lift_linear(graph, node))

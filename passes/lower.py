@@ -6,6 +6,7 @@ It is traced into the graph under the graph's own fake tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,26 +25,42 @@ Traces: TypeAlias = "dict[Any, GraphModule]"
 """What variants built, by everything that the tracer can tell apart: equal sites of a graph are traced once."""
 
 
-def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: Traces) -> Node | Rejection:
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """New nodes with the values of a site's output and, where something reads it, of its last state."""
+
+    node: Node
+    final: Node | None = None
+
+
+def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: Traces) -> Lowered | Rejection:
     """Insert the variant's computation before the site's output, and let it take the output's place.
 
     The old nodes are left for dead-code elimination, so that a failing verification can undo the change. Returns the
-    new node.
+    new nodes.
     """
     symbols = _symbol_nodes(graph, site, plan)
     if isinstance(symbols, Rejection):
         return symbols
     nodes = [site.q.node, site.k.node, site.v.node, *site.captured, *symbols]
 
-    def compute(*args: Any) -> torch.Tensor:
+    place = site.output if site.final is None else _before_users(graph, site, nodes)
+    if isinstance(place, Rejection):
+        return place
+
+    def compute(*args: Any) -> list[torch.Tensor]:
         q, k, v = args[:3]
         captured = [_beside(c, q) for c in args[3 : 3 + len(site.captured)]]
         sizes = args[3 + len(site.captured) :]
         query = _query(q, site, _batch_sizes(site, q, k, v))
         inputs = Inputs(query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
         found = variant.build(plan, inputs)
-        assert isinstance(found, torch.Tensor)  # no site that is lifted today returns its state
-        return _restore(found, q, k, v, site)
+        out, final = (found, None) if isinstance(found, torch.Tensor) else found
+        made = [_restore(out, q, k, v, site)]
+        if site.final is not None:
+            assert final is not None
+            made.append(_restore_state(final, site))
+        return made
 
     values = [value_of(n) for n in nodes]
     fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
@@ -55,18 +72,16 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
         with fake_mode, torch.enable_grad():
             tracer = make_fx(compute, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = traces[kind] = tracer(*_distinct(values))
-    with graph.graph.inserting_before(site.output):
+    with graph.graph.inserting_before(place):
         copies: dict[Node, Any] = dict(
             zip((n for n in traced.graph.nodes if n.op == "placeholder"), nodes, strict=True)
         )
-        result: Node | None = None
+        results: list[Node] = []
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.op == "output":
-                value = node.args[0]
-                value = value[0] if isinstance(value, list | tuple) else value
-                result = copies[value]
+                results = [copies[value] for value in node.args[0]]
                 continue
             if node.op == "get_attr":
                 name = f"_attncomp_{len(graph.graph.nodes)}"
@@ -80,8 +95,38 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
                     new.meta[key] = site.output.meta[key]
             new.meta["attncomp_grad"] = site.output.meta.get("attncomp_grad", False)
             copies[node] = new
-    assert result is not None
-    return result
+    return Lowered(*results)
+
+
+def _before_users(graph: GraphModule, site: Site, operands: Sequence[Node]) -> Node | Rejection:
+    """The first node that reads the site's output or last state from outside of it."""
+    assert site.final is not None
+    inside = site.covered()
+    both = (site.output, site.final.node)
+    outside = {u for n in both for u in n.users if u not in inside}
+    missing = set(operands)
+    place = site.output
+    for node in graph.graph.nodes:
+        if node in outside or node is site.output:
+            place = node
+            break
+        missing.discard(node)
+    if missing:
+        return Rejection("order", f"{place.name} reads a result before {next(iter(missing)).name} is computed")
+    return place
+
+
+def _restore_state(state: torch.Tensor, site: Site) -> torch.Tensor:
+    """(b, h, d, e) to the shape and dtype of the node that held the last state."""
+    assert site.final is not None
+    value, dims = value_of(site.final.node), site.final.dims
+    sizes = [int(s.value) if isinstance(s, Const) else -1 for s in site.layout.sizes]
+    state = state.reshape(*sizes, *state.shape[2:])
+    used = [d for d in dims if d is not None]
+    for place in reversed([n for n, d in enumerate(dims) if d is None]):
+        state = state.select(place, 0)
+    state = state.permute([used.index(d) for d in sorted(used)])
+    return state.reshape(value.shape).to(value.dtype)
 
 
 def _beside(tensor: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -119,7 +164,8 @@ def _trace_key(site: Site, plan: Plan, nodes: Sequence[Node], values: Sequence[A
     first = {n: nodes.index(n) for n in nodes}
     dims = (site.q.dims, site.k.dims, site.v.dims)
     shapes = (site.spec.sizes, site.spec.tensor("k").shape)
-    return (plan.digest, site.layout, dims, shapes, tuple(first[n] for n in nodes), tuple(map(kind, values)))
+    state = None if site.final is None else (site.final.dims, kind(value_of(site.final.node)))
+    return (plan.digest, site.layout, dims, shapes, state, tuple(first[n] for n in nodes), tuple(map(kind, values)))
 
 
 def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Rejection:

@@ -58,6 +58,11 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def arguments(node: Node) -> Any:
+    """An operator's arguments by position."""
+    return node.args
+
+
 def shape_of(node: Node) -> Index:
     """The shape of a node's tensor as size expressions."""
     return tuple(from_symint(s) for s in value_of(node).shape)

@@ -21,7 +21,7 @@ from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.layouts import NESTED, without_strides
 from attncomp.passes.lengths import Span
 from attncomp.passes.lift import lift
-from attncomp.passes.lower import Traces, lower, replace
+from attncomp.passes.lower import Lowered, Traces, lower, replace
 from attncomp.passes.nodes import name_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
@@ -173,7 +173,7 @@ class _Clock:
 
 def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, traces: Traces) -> Rejection | None:
     """Put what was chosen in the site's place; or say why it can't be, and leave the site."""
-    made: dict[str, Node] = {}  # by the plan's digest: it may be used on both sides of another
+    made: dict[str, Lowered] = {}  # by the plan's digest: it may be used on both sides of another
     arms: list[tuple[int | None, Node]] = []
     for span in chosen.spans:
         new = site.output
@@ -181,7 +181,8 @@ def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, t
             lowered = made.get(span.plan.digest) or _lowered(graph, site, span, check_values, traces)
             if isinstance(lowered, Rejection):
                 return lowered
-            new = made[span.plan.digest] = lowered
+            made[span.plan.digest] = lowered
+            new = lowered.node
         border = None if chosen.size is None or span.high is None else chosen.size.length(span.high)
         arms.append((border, new))
     if not made:
@@ -193,10 +194,17 @@ def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, t
         if problem is not None or isinstance(joined, Rejection):
             return problem
         new = joined
+    if site.final is not None:
+        finals = [x.final for x in made.values() if x.final is not None]
+        if len(arms) > 1 or len(finals) != 1:
+            return Rejection("states-by-length", "a state that is read again has one plan for all lengths")
+        problem = replace(graph, site.final.node, finals[0])
+        if problem is not None:
+            return problem
     return replace(graph, site.output, new)
 
 
-def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, traces: Traces) -> Node | Rejection:
+def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, traces: Traces) -> Lowered | Rejection:
     """A verified node with the site's value, computed as the span's plan says."""
     choice = span.outcome.choice
     assert choice.plan is not None
@@ -209,9 +217,15 @@ def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, tra
         )
     if isinstance(new, Rejection):
         return new
-    problem = verify_metadata(site.output, new)
+    problem = verify_metadata(site.output, new.node)
+    if problem is None and site.final is not None:
+        assert new.final is not None
+        problem = verify_metadata(site.final.node, new.final)
     if problem is None and check_values and site.spec.dropout == 0:
-        difference = numeric_difference(graph, site, new)
+        pairs = [(site.output, new.node)]
+        if site.final is not None and new.final is not None:
+            pairs.append((site.final.node, new.final))
+        difference = numeric_difference(graph, site, pairs)
         if not difference <= TOLERANCE.get(tensor_of(site.output).dtype, 1e-4):
             problem = Rejection("verify-values", f"differs from the original by {difference:.3g} on random inputs")
     return new if problem is None else problem

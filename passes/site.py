@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
+from attncomp.cost import Work
 from attncomp.expr import Expr
 from attncomp.passes.symbols import NotAnIntegerError
 from attncomp.proof import MaskProof
@@ -41,12 +42,24 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """A node that is the state of a recurrence, and the source dimension of each batch axis, of the width of k and of
+    v.
+    """
+
+    node: Node
+    dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """An attention in a graph.
 
     output: the node whose value the attention is. anchor: the node it was found by (softmax, SDPA call, masked
         product).
     spec: its captured tensors are the `captured` graph nodes in order. module, location: where in the user's code.
+    final: the node whose value is the recurrence's last state, if something reads it. written: what the nodes that it
+        covers do, where that is no product of matrices with weights between (None).
     """
 
     kind: str
@@ -62,12 +75,14 @@ class Site:
     module: str
     location: str
     notes: tuple[str, ...] = field(default=())
+    final: State | None = None
+    written: Work | None = None
 
     def covered(self) -> set[Node]:
         """The nodes that only this attention needs, and not its operands: they go if it is replaced."""
         kept = {self.q.node, self.k.node, self.v.node, *self.captured}
-        found = {self.output}
-        stack = list(self.output.all_input_nodes)
+        found = {self.output} if self.final is None else {self.output, self.final.node}
+        stack = [a for n in found for a in n.all_input_nodes]
         while stack:
             node = stack.pop()
             if node in found or node in kept or node.op == "placeholder" or not found.issuperset(node.users):

@@ -97,13 +97,16 @@ def boundary(site: Site) -> list[Node]:
     return list(dict.fromkeys((site.q.node, site.k.node, site.v.node, *site.captured)))
 
 
-def numeric_difference(graph: GraphModule, site: Site, new: Node, seed: int = 0) -> float:
-    """‖new - old‖ / ‖old‖ of the site's output on random values of what it reads; NaN in both agrees."""
+def numeric_difference(graph: GraphModule, site: Site, pairs: Sequence[tuple[Node, Node]], seed: int = 0) -> float:
+    """The largest ‖new - old‖ / ‖old‖ of (old, new) `pairs` on random values of what a site reads.
+
+    NaN in both agrees.
+    """
     generator = torch.Generator().manual_seed(seed)
     given = {node: random_like(value_of(node), generator) for node in boundary(site)}
     with torch.no_grad():
-        old_value, new_value = values_at(graph, (site.output, new), given)
-    return relative_difference(new_value, old_value)
+        found = values_at(graph, [n for pair in pairs for n in pair], given)
+    return max(relative_difference(found[n + 1], found[n]) for n in range(0, len(found), 2))
 
 
 def relative_difference(result: torch.Tensor, reference: torch.Tensor) -> float:

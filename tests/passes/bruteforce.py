@@ -11,13 +11,13 @@ from torch.fx import GraphModule, Node
 from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import Expr, axes_of, loads_of
 from attncomp.passes.capture import Captured, capture
-from attncomp.passes.lower import _batch_sizes, _keyed, _query, _restore
+from attncomp.passes.lower import _batch_sizes, _keyed, _query, _restore, _restore_state
 from attncomp.passes.nodes import value_of
 from attncomp.passes.site import Site
 from attncomp.passes.sizes import size_hints
 from attncomp.passes.verify import values_at
 from attncomp.proof import MaskProof
-from attncomp.reference import attention_reference
+from attncomp.reference import attention_reference, recurrence_reference
 from attncomp.variant import Rejection
 
 
@@ -66,6 +66,10 @@ def check_site(captured: Captured, site: Site, inputs: Sequence[Any], tolerance:
         # in the graph's own precision: where masks are huge numbers, rounding decides what is equal
         dtype = torch.promote_types(expected.dtype, torch.float32)
         found = _restore(attention_reference(site.spec, *canonical, tensors, sizes, dtype), q, k, v, site)
+        if site.final is not None:
+            last = recurrence_reference(site.spec, *canonical, tensors, sizes, dtype)[1]
+            (state,) = values_at(captured.graph, [site.final.node], given)
+            assert float((_restore_state(last, site) - state).norm()) <= tolerance * float(state.norm())
     assert found.shape == expected.shape
     odd = found.isnan() != expected.isnan()
     assert not bool(odd.any()), (

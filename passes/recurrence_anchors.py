@@ -1,0 +1,136 @@
+"""Where a recurrence may be: the places of a graph that collect the rows of what depends on itself, step after step.
+
+Nothing is claimed of these places but that a look may be worth its time; ordinary models have none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch.fx import Graph, Node
+
+from attncomp.passes.field_rules import RULES
+from attncomp.passes.nodes import arguments, name_of, value_of
+
+_SCATTERS = ("select_scatter", "slice_scatter", "index_put")
+_PIECES = 3
+"""Pieces that must depend on each other in a chain."""
+
+_BELOW = 24
+"""Nodes below a place that may be what it computes."""
+
+_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A node that may collect a recurrence, and what may be its whole value: from it downwards, the farthest first.
+
+    stepwise: it is written in steps, each of which passes its state on.
+    """
+
+    node: Node
+    outputs: tuple[Node, ...]
+    stepwise: bool
+
+
+def places(graph: Graph) -> list[Place]:
+    """Where recurrences may be, in graph order."""
+    depths: dict[Node, int] = {}
+    found = []
+    for node in graph.nodes:
+        depths[node] = 1 + max((depths[a] for a in node.all_input_nodes), default=0)
+        if node.op != "call_function":
+            continue
+        name = name_of(node)
+        if name in ("cat", "stack"):
+            parts = [x for x in arguments(node)[0] if isinstance(x, Node)]
+            rising = all(depths[a] < depths[b] for a, b in pairwise(parts))
+            stepwise = len(parts) >= _PIECES and rising and _rank(node) >= 3
+        elif name in _SCATTERS:
+            stepwise = _is_end(node) and _scatters(node) >= 2 and _rank(node) >= 3
+        else:
+            stepwise = False
+        if stepwise or (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node)):
+            found.append(Place(node, tuple(_below(node)), stepwise))
+    return found
+
+
+def _rank(node: Node) -> int:
+    value = value_of(node)
+    return value.dim() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else 0
+
+
+def _is_end(node: Node) -> bool:
+    return not any(name_of(u) in _SCATTERS and arguments(u)[0] is node for u in node.users)
+
+
+def _scatters(node: Node) -> int:
+    """How many scatters in a row make a node, up to those needed."""
+    count = 0
+    current: object = node
+    while isinstance(current, Node) and name_of(current) in _SCATTERS and count < _PIECES:
+        count += 1
+        current = arguments(current)[0]
+    return count
+
+
+def _sums_products(node: Node) -> bool:
+    """Whether a cumulated sum is one of outer products."""
+    source = arguments(node)[0]
+    for _ in range(4):
+        if not isinstance(source, Node):
+            return False
+        if is_outer(source):
+            return _rank(source) >= 4
+        if not source.args:
+            return False
+        source = arguments(source)[0]
+    return False
+
+
+def is_outer(node: Node) -> bool:
+    """Whether a node multiplies two tensors of which each has a dimension that the other lacks."""
+    name = name_of(node)
+    shapes = [v.shape for v in map(value_of, node.all_input_nodes) if isinstance(v, torch.Tensor)]
+    if name == "mul" and len(shapes) == 2:
+        rank = max(map(len, shapes))
+        first, second = ([1] * (rank - len(x)) + [*x] for x in shapes)
+        apart = [(a == 1, b == 1) for a, b in zip(first, second, strict=True) if (a == 1) != (b == 1)]
+        return len(set(apart)) == 2
+    if name == "einsum" and len(shapes) == 2:
+        inputs, _, output = arguments(node)[0].replace(" ", "").partition("->")
+        left, right = map(set, inputs.split(","))
+        return left | right == set(output) and bool(left - right) and bool(right - left)
+    return False
+
+
+def _decays(node: Node) -> bool:
+    """Whether an exponential over pairs of positions is one of cumulated sums, and weighs a product."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() < 3 or not value.dtype.is_floating_point:
+        return False
+    if len([s for s in value.shape if type(s) is int and s >= 4]) < 2:
+        return False
+    current = list(node.all_input_nodes)
+    for _ in range(_STEPS):
+        if any(name_of(n) == "cumsum" for n in current):
+            return True
+        current = [a for n in current for a in n.all_input_nodes if name_of(n) in RULES][:8]
+    return False
+
+
+def _below(node: Node) -> list[Node]:
+    """The node and what is computed from it without leaving arithmetic, the farthest first."""
+    found = [node]
+    seen = {node}
+    for current in found:
+        for user in current.users:
+            if len(found) > _BELOW:
+                break
+            if user not in seen and name_of(user) in RULES and isinstance(value_of(user), torch.Tensor):
+                seen.add(user)
+                found.append(user)
+    return found[::-1]

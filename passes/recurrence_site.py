@@ -1,0 +1,227 @@
+"""From a recurrence that was found to the site: its spec, and its tensors as graph nodes in the spec's own order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+from attncomp.expr import ONE, ZERO, Const, Expr, Load, Score, ge, mul, op, sub, to_float
+from attncomp.passes.as_written import work_of
+from attncomp.passes.assemble import needs_gradient
+from attncomp.passes.falling import falls
+from attncomp.passes.nodes import value_of
+from attncomp.passes.prove import prove
+from attncomp.passes.recurrence_pool import Frame
+from attncomp.passes.recurrences import Dims, Read, Recurrence
+from attncomp.passes.site import Layout, Operand, Site, State, location_of, module_of
+from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo, Transition
+from attncomp.variant import Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A recurrence and the node that it is; final: the node of its last state, where one is needed."""
+
+    recurrence: Recurrence
+    output: Node
+    frame: Frame
+    final: State | None
+
+
+def site_of_recurrence(graph: GraphModule, anchor: Node, found: Found) -> Site | Rejection:
+    made = _Maker(graph, anchor, found)
+    return made.site()
+
+
+class _Maker:
+    def __init__(self, graph: GraphModule, anchor: Node, found: Found) -> None:
+        self.graph = graph
+        self.anchor = anchor
+        self.found = found
+        self.captured: list[Node] = []
+        batch = found.frame.batch
+        self.outer = 1 if len(batch) < 2 else len(batch) - 1
+        b = h = 1
+        for n, size in enumerate(batch):
+            b, h = (b * size, h) if n < self.outer else (b, h * size)
+        self.b, self.h = b, h
+
+    def site(self) -> Site | Rejection:
+        r, output = self.found.recurrence, self.found.output
+        dtype = value_of(output).dtype
+        operands = []
+        for read in (r.q, r.k, r.v):
+            node = self._cast(read.node, dtype)
+            if node is None:
+                of = str(value_of(read.node).dtype).removeprefix("torch.")
+                return Rejection("mixed-dtypes", f"an operand is {of}, the output {dtype}")
+            operands.append(Operand(node, read.dims))
+        q, k, v = operands
+        n, frame = self.found.frame.length, self.found.frame
+        d = 1 if r.k.dims[-1] is None else int(value_of(r.k.node).shape[r.k.dims[-1]])
+        sizes = tuple(Const(x) for x in (self.b, self.h, n, n, d, frame.width))
+        b_at, h_at = ZERO if self.b == 1 else B, ZERO if self.h == 1 else H
+        k_load = Load("k", (b_at, h_at, J, D))
+        program: Expr = Score() if r.scale == 1.0 else mul(Score(), Const(r.scale))
+        beta = None if r.beta is None else self._load(self._plain(r.beta))
+        value: Expr = Load("v", (b_at, h_at, J, E))
+        value = value if beta is None else mul(beta, value)
+        transition = None
+        if self._constant(r.decay) and not r.delta and r.initial is None and self.found.final is None:
+            program = program if r.decay is None else mul(program, self._power(r.decay))
+        else:
+            transition = self._transition(r, beta, k_load)
+        infos = tuple(self._info(n, node) for n, node in enumerate(self.captured))
+        training = any(needs_gradient(x.node) for x in operands) or any(map(needs_gradient, self.captured))
+        text = str(dtype).removeprefix("torch.")
+        shapes = {
+            "q": (sizes[0], sizes[1], sizes[2], sizes[4]),
+            "k": (sizes[0], sizes[1], sizes[3], sizes[4]),
+            "v": (sizes[0], sizes[1], sizes[3], sizes[5]),
+        }
+        spec = AttentionSpec(
+            sizes=sizes,
+            tensors=(*(TensorInfo(name, shapes[name], text, training) for name in shapes), *infos),
+            score=mul(Load("q", (b_at, h_at, I, D)), k_load),
+            program=program,
+            mask=ge(I, J),
+            normaliser=Normaliser("none"),
+            value=value,
+            dtype=text,
+            transition=transition,
+            training=training,
+        )
+        rank = len(frame.batch)
+        places = {dim: place for place, dim in enumerate(frame.dims)}
+        order = tuple((places[dim],) for dim in range(rank + 2))
+        site = Site(
+            kind="linear",
+            anchor=self.anchor,
+            output=output,
+            spec=spec,
+            proof=prove(spec.mask, spec.extents),
+            layout=Layout(tuple(Const(s) for s in frame.batch), self.outer, order),
+            q=q,
+            k=k,
+            v=v,
+            captured=tuple(self.captured),
+            module=module_of(self.anchor) or module_of(output),
+            location=location_of(self.anchor) or location_of(output),
+            final=self.found.final,
+        )
+        names_of = {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+        return replace(site, written=work_of(site.covered(), training, names_of.get(text, "fp32")))
+
+    def _constant(self, decay: Read | float | None) -> bool:
+        """Whether a decay is the same at each step, and learns nothing."""
+        if isinstance(decay, Read):
+            return decay.dims[-2] is None and decay.dims[-1] is None and not needs_gradient(decay.node)
+        return decay is None or decay > 0
+
+    def _power(self, decay: Read | float) -> Expr:
+        """What is left of a key's weight at a later query: the decay to the power of their distance."""
+        distance = to_float(sub(I, J))
+        if isinstance(decay, Read):
+            load = self._load(decay)
+            return op("exp", mul(load, distance)) if decay.log else op("pow", load, distance)
+        return op("pow", Const(decay), distance)
+
+    def _transition(self, r: Recurrence, beta: Expr | None, k: Expr) -> Transition:
+        decay: Expr | None = None
+        if isinstance(r.decay, Read):
+            load = self._load(r.decay)
+            decay = op("exp", load) if r.decay.log else load
+        elif r.decay is not None:
+            decay = Const(r.decay)
+        erase = write = None
+        if r.delta:
+            erase = mul(Const(1.0) if beta is None else beta, k)
+            write = k if decay is None else mul(decay, k)
+        initial = None if r.initial is None else self._state(r.initial)
+        return Transition(decay, erase, write, initial, self.found.final is not None)
+
+    # -- captured tensors, each as a node of the spec's own order: (b, h), (b, h, j), (b, h, j, d) or (b, h, d, e)
+
+    def _load(self, read: Read) -> Load:
+        kept = 2 if read.dims[-2] is None and read.dims[-1] is None else 3 if read.dims[-1] is None else 4
+        node = self._arranged(read.node, read.dims, kept)
+        return self._loaded(node, (B, H, J, D)[:kept])
+
+    def _plain(self, read: Read) -> Read:
+        """What a read means, as a node."""
+        return Read(self._made(torch.ops.aten.exp.default, read.node), read.dims) if read.log else read
+
+    def _state(self, read: Read) -> Load:
+        return self._loaded(self._arranged(read.node, read.dims, 4), (B, H, D, E))
+
+    def _loaded(self, node: Node, axes: Sequence[Expr]) -> Load:
+        if node not in self.captured:
+            self.captured.append(node)
+        shape = value_of(node).shape
+        index = tuple(ZERO if size == 1 else a for size, a in zip(shape, axes, strict=True))
+        return Load(f"c{self.captured.index(node)}", index)
+
+    def _info(self, n: int, node: Node) -> TensorInfo:
+        value = value_of(node)
+        shape = tuple(ONE if s == 1 else Const(int(s)) for s in value.shape)
+        text = str(value.dtype).removeprefix("torch.")
+        return TensorInfo(f"c{n}", shape, text, needs_gradient(node), None, falls(self.graph, node))
+
+    def _arranged(self, node: Node, dims: Dims, kept: int) -> Node:
+        """A view of a node as (b, h, ...), of `kept` dimensions."""
+        rank = value_of(node).dim()
+        batch = len(self.found.frame.batch)
+        used = [d for d in dims[: batch + kept - 2] if d is not None]
+        rest = [d for d in range(rank) if d not in used]
+        order = [*rest, *used]
+        if order != list(range(rank)):
+            node = self._made(torch.ops.aten.permute.default, node, order)
+        sizes = [1 if d is None else None for d in dims[: batch + kept - 2]]
+        shape, at = [], len(rest)
+        for s in sizes:
+            shape.append(1 if s == 1 else int(value_of(node).shape[at]))
+            at += s is None
+        if batch > 2 and any(s == 1 for s in shape[:batch]):
+            full = [*self.found.frame.batch, *shape[batch:]]
+            node = self._made(torch.ops.aten.reshape.default, node, shape)
+            node = self._made(torch.ops.aten.expand.default, node, full)
+            shape = full
+        merged = self._merged(shape, batch)
+        if merged != list(value_of(node).shape):
+            node = self._made(torch.ops.aten.reshape.default, node, merged)
+        return node
+
+    def _merged(self, shape: list[int], batch: int) -> list[int]:
+        b = h = 1
+        for n, size in enumerate(shape[:batch]):
+            b, h = (b * size, h) if n < self.outer else (b, h * size)
+        return [b, h, *shape[batch:]]
+
+    def _cast(self, node: Node, dtype: torch.dtype) -> Node | None:
+        """The node in the output's dtype; None if that is narrower than its own."""
+        of = value_of(node).dtype
+        if of == dtype:
+            return node
+        if torch.promote_types(of, dtype) != dtype:
+            return None
+        return self._made(torch.ops.aten._to_copy.default, node, dtype=dtype)
+
+    def _made(self, target: Any, source: Node, *args: Any, **kwargs: Any) -> Node:
+        """A new node behind `source`."""
+        after = source
+        while after.next.op == "placeholder":
+            after = after.next
+        value = value_of(source)
+        mode = detect_fake_mode([value])
+        assert mode is not None
+        with self.graph.graph.inserting_after(after):
+            node = self.graph.graph.call_function(target, (source, *args), kwargs)
+        with mode:
+            made = target(value, *args, **kwargs)
+        node.meta = {**source.meta, "val": made}
+        return node
