@@ -48,7 +48,14 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "keys": {**_ALL, "block_n": (64, 128)},
     "queries": {**_ALL, "block_m": (64, 128)},
     "hopper_keys": {**_ALL, "block_n": (64, 128), "num_stages": (2, 3)},
-    "hopper_queries": {**_ALL, "block_m": (64, 128), "block_n": (64, 128), "num_stages": (2, 3), "held": (0, 1)},
+    "hopper_queries": {
+        **_ALL,
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "num_stages": (2, 3),
+        "held": (0, 1),
+        "apart": (1,),
+    },
     "prepare": {**_ALL, "block_m": (16, 32, 64, 128), "block_n": (64,), "num_stages": (1,)},
     "pairs_0": {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
 }

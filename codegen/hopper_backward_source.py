@@ -8,6 +8,7 @@ fetched as soon as the step before has left their place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from attncomp.codegen.render import render
@@ -22,6 +23,7 @@ from attncomp.codegen.tiled_backward_source import (
     score_derivative,
 )
 from attncomp.codegen.tiled_source import Exponent, common_context, program_context
+from attncomp.expr import Const, Expr, axes_of, loads_of
 from attncomp.plan import Plan
 
 HOPPER_BACKWARD = "hopper_backward.py.jinja"
@@ -46,11 +48,14 @@ def hopper_backward_source(plan: Plan) -> str:
     learned = learned_reads(spec, spec.program, "p")
     functions: set[str] = set()
     kernels: dict[str, Any] = dict.fromkeys(HOPPER_KERNELS)
+    reads_by_pair = any({"i", "j"} <= axes_of(load) for load in loads_of(spec.program))
     for name in hopper_kernels(plan):
         tile = plan.params[f"hopper_{name}"]
         context = keys_context if name == "keys" else queries_context
         kernels[name] = context(plan, exponent, slope, learned, functions, tile)
         kernels[name] |= {"warps": tile["num_warps"], "stages": tile["num_stages"], "held": bool(tile.get("held"))}
+        kernels[name]["apart"] = _has_edges_apart(kernels[name], slope)
+        kernels[name]["early"] = not kernels[name]["apart"] or reads_by_pair
     return render(
         HOPPER_BACKWARD,
         **common_context(plan),
@@ -64,6 +69,15 @@ def hopper_backward_source(plan: Plan) -> str:
         started=_start(exponent),
         derivative_scale=scale_text(slope),
     )
+
+
+def _has_edges_apart(kernel: Mapping[str, Any], slope: Expr) -> bool:
+    """Whether only the weights of tiles on an edge are masked, in a branch of the step.
+
+    What is zero for that stays zero only where the derivative is a number.
+    """
+    bounded = kernel["phases"]["before"] or kernel["phases"]["after"]
+    return bounded and isinstance(slope, Const) and not kernel["learned"] and kernel["edge"] is not None
 
 
 def _start(exponent: Exponent) -> str:

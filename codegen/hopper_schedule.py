@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from attncomp.codegen.spans import uses_spans
 from attncomp.codegen.tiled_tiles import has_even_tiles
 from attncomp.plan import Plan
 
@@ -35,7 +36,7 @@ def schedule(plan: Plan, tiles: int, heads: int, kv_bytes: int, multiprocessors:
     """
     total = tiles * heads
     wave = min(heads, -(-multiprocessors // max(tiles, 1)))  # as many heads as keep the device busy
-    if has_even_tiles(plan.spec, plan.proof):
+    if has_even_tiles(plan.spec, plan.proof) and not uses_spans(plan):
         return Schedule(min(total, multiprocessors), wave)
     if kv_bytes <= L2_SHARE * (2 if tiles <= _SHORT else 1):
         return Schedule(min(total, multiprocessors), heads)

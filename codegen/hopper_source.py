@@ -11,6 +11,7 @@ from dataclasses import replace
 from attncomp.codegen.data_bounds import bound_texts, data_bounds
 from attncomp.codegen.printer import Level, Printer
 from attncomp.codegen.render import render
+from attncomp.codegen.spans import KEY_SPANS, span_reads, span_texts, uses_spans
 from attncomp.codegen.tiled_source import (
     Arguments,
     arguments_of,
@@ -20,9 +21,11 @@ from attncomp.codegen.tiled_source import (
     element_mask,
     exponent_of,
     is_bounded,
+    narrowed,
     phases_of,
     program_context,
 )
+from attncomp.expr import TRUE
 from attncomp.plan import Plan
 
 HOPPER = "hopper_forward.py.jinja"
@@ -50,8 +53,9 @@ def hopper_source(plan: Plan) -> str:
     inner_level = Level("x", frozenset(("j",)), score=True)
     texts = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     bounds = data_bounds(proof.residual)
+    ends = [load for ends in span_reads(spec, KEY_SPANS) for load in ends] if uses_spans(plan) else []
     ranges = Printer(
-        spec, (outer, inner_level), names, inside={"i": "i_in"}, roots=[*texts, *bounds.atoms], language="gl"
+        spec, (outer, inner_level), names, inside={"i": "i_in"}, roots=[*texts, *bounds.atoms, *ends], language="gl"
     )
     low, inner_low, inner_high, high = (ranges.value(e) for e in texts)
     limits = bound_texts(bounds, ranges, layout="COLUMN")
@@ -59,6 +63,11 @@ def hopper_source(plan: Plan) -> str:
         low = f"gl.maximum({low}, {limit})"
     for limit in limits["last"]:  # to the end of its tile: what is beyond the bound there, the mask's own test hides
         high = f"gl.minimum({high}, gl.cdiv({limit} + 1, BLOCK_N) * BLOCK_N)"
+    tested = proof.residual
+    if uses_spans(plan):
+        spans = span_texts(plan, ranges, KEY_SPANS, tile["block_m"])
+        low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high, "gl")
+        tested = TRUE  # of what is whole
 
     sink, mask = spec.normaliser.sink, element_mask(plan)
     printer = Printer(
@@ -74,7 +83,7 @@ def hopper_source(plan: Plan) -> str:
     edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
     for body, masks in ((inner, {}), (edge, {"j": "own_ok"})):
         body.reading_aside({"j": "own_j"}, bring="gl.convert_layout({}, SCORES)", prefix="k", masks=masks)
-    inner_body = body_context(inner, exponent, [], proof.residual, length_test=False)
+    inner_body = body_context(inner, exponent, [], tested, length_test=False)
     edge_body = body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j"))
     inner_body["before"], edge_body["before"] = inner.before(), edge.before()
     arguments = hopper_arguments(plan)

@@ -42,7 +42,7 @@ from attncomp.expr import (
     walk,
 )
 from attncomp.plan import Plan
-from attncomp.spec import AttentionSpec, B, I, J, TensorInfo
+from attncomp.spec import AttentionSpec, B, TensorInfo
 from attncomp.variant import Inputs, Request
 
 BLOCK = 64
@@ -319,11 +319,14 @@ def uses_spans(plan: Plan) -> bool:
     return bool(plan.params.get("spans")) and any(t.name == KEY_SPANS for t in plan.spec.tensors)
 
 
-def span_reads(spec: AttentionSpec, tensor: str) -> tuple[Load, ...]:
-    """The four numbers of the block that a query, or a key, is in."""
-    axis = I if tensor == KEY_SPANS else J
+def span_reads(spec: AttentionSpec, tensor: str) -> tuple[tuple[Load, Load], ...]:
+    """The four numbers of the blocks that the first and the last query (or key) of a tile are in."""
     sequence = ZERO if spec.tensor(tensor).shape[0] == ONE else B
-    return tuple(Load(tensor, (sequence, floordiv(axis, Const(BLOCK)), Const(n)), "int") for n in range(4))
+    ends = [Axis(f"{'i' if tensor == KEY_SPANS else 'j'}_{end}") for end in ("first", "last")]
+    first, last = (
+        [Load(tensor, (sequence, floordiv(at, Const(BLOCK)), Const(n)), "int") for n in range(4)] for at in ends
+    )
+    return tuple(zip(first, last, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +340,11 @@ class SpanTexts:
     whole_last: str
 
 
-def span_texts(plan: Plan, printer: Printer, tensor: str) -> SpanTexts:
-    """For a tile of queries (`KEY_SPANS`) or of keys (`QUERY_SPANS`), which the printer knows as a column."""
-    column = "i" if tensor == KEY_SPANS else "j"
+def span_texts(plan: Plan, printer: Printer, tensor: str, rows: int) -> SpanTexts:
+    """For a tile of queries (`KEY_SPANS`) or of keys (`QUERY_SPANS`) of so many rows: two blocks of them at most."""
+    assert rows <= 2 * BLOCK
     texts = []
-    for load, pick in zip(span_reads(plan.spec, tensor), ("min", "max", "max", "min"), strict=True):
-        texts.append(f"tl.{pick}(tl.{pick}({printer.value(load)} + 0 * {column}, 1), 0)")
+    picks = ("minimum", "maximum", "maximum", "minimum")
+    for (first, last), pick in zip(span_reads(plan.spec, tensor), picks, strict=True):
+        texts.append(f"{printer.language}.{pick}({printer.value(first)}, {printer.value(last)})")
     return SpanTexts(*texts)

@@ -8,8 +8,9 @@ that a value reads gets ``g * d program / d c``, added up over all pairs that re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from attncomp.codegen.printer import Level, Printer
@@ -40,6 +41,7 @@ from attncomp.expr import (
     Score,
     axes_of,
     gt,
+    le,
     loads_of,
     sub,
     walk,
@@ -114,11 +116,11 @@ def backward_exponent(spec: AttentionSpec) -> Exponent:
 
 
 def has_spread(spec: AttentionSpec) -> bool:
-    """Whether logits may be huge: then a row's maximum and the logarithm of its sum are kept apart."""
-    if spec.normaliser.kind != "softmax":
-        return False
-    sink = spec.normaliser.sink
-    return any(_may_be_huge(n) for e in (spec.program, *(() if sink is None else (sink,))) for n in walk(e))
+    """Whether logits may be huge: then a row's maximum and the logarithm of its sum are kept apart.
+
+    A sink may be huge as well, but not beside logits that are not: then either it has all of the weight, or none.
+    """
+    return spec.normaliser.kind == "softmax" and any(_may_be_huge(n) for n in walk(spec.program))
 
 
 def _may_be_huge(e: Expr) -> bool:
@@ -251,6 +253,52 @@ def _body(
     }
 
 
+def _edge(
+    plan: Plan,
+    printer: Callable[[], Printer],
+    exponent: Exponent,
+    slope: Expr,
+    spanned: list[str],
+    functions: set[str],
+    tests: tuple[str, ...],
+) -> dict[str, Any] | None:
+    """What a step needs that tests the elements of tiles on an edge, and of no others; None if all are to be tested.
+
+    printer: makes one for a body of the step whose indices may be beyond the end. spanned: what holds of a tile that is
+    whole, as far as lengths and data go.
+    """
+    if plan.proof.residual != TRUE and not uses_spans(plan):
+        return None
+    body, test = _body(printer(), plan, exponent, slope, (), ranges=False), printer()
+    test.levels = (*test.levels[:-1], replace(test.levels[-1], prefix="m"))  # names that the body does not have
+    whole = _whole(plan)
+    outer = _printer(plan, (Level("r", frozenset(("b", "h", *_NAMES[4:8]))),), whole, functions)
+    conditions = [f"({outer.value(e)})" for e in whole] + spanned
+    masks = [*tests, *(f"({test.value(e)})" for e in element_mask(plan))]
+    if plan.proof.residual != TRUE:
+        masks.append(f"({test.value(plan.proof.residual)})")
+    if not conditions or not masks:
+        return None
+    return {
+        "body": body,
+        "lines": outer.lines(0),
+        "whole": " & ".join(conditions),
+        "mask": " & ".join(masks),
+        "mask_lines": test.lines(len(test.levels) - 1),
+    }
+
+
+def _whole(plan: Plan) -> list[Expr]:
+    """What of the proof says that a tile's elements are all in range."""
+    proof = plan.proof
+    found = []
+    if proof.key_hi != plan.spec.size("j"):
+        found.append(gt(at(proof.key_hi, "i_first"), Axis("j_last")))
+    if proof.key_lo != ZERO:
+        found.append(le(at(proof.key_lo, "i_last"), Axis("j_first")))
+    return found
+
+
 def _item(printer: Printer, x: Learned, axis: str) -> dict[str, Any]:
     """What the template needs to add a vector along `axis` to the gradient of what `x` reads."""
     tensor = x.load.tensor
@@ -306,13 +354,14 @@ def queries_context(
     learned = tuple(x for x in learned if "j" not in x.axes)
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     data = uses_spans(plan)
-    roots = [*_roots(plan, exponent, slope, learned), *ranges, *(span_reads(plan.spec, KEY_SPANS) if data else ())]
+    roots = [*_roots(plan, exponent, slope, learned), *ranges, *_ends(plan, KEY_SPANS)]
     printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
     low, inner_low, inner_high, high = (printer.value(e) for e in ranges)
+    spanned: list[str] = []
     if data:
-        low, inner_low, inner_high, high = narrowed(
-            span_texts(plan, printer, KEY_SPANS), low, inner_low, inner_high, high
-        )
+        spans = span_texts(plan, printer, KEY_SPANS, tile["block_m"])
+        spanned = [f"(j_first >= {spans.whole_first})", f"(j_last < {spans.whole_last})"]
+        low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high)
     items = [_item(printer, x, "i") for x in learned]
     blocks = _blocks(tile)
     length = static_length(plan.spec, "j")
@@ -339,6 +388,15 @@ def queries_context(
             tests=(*rows, *_length_tests(plan)),
         ),
         "tile_lines": printer.lines(0),
+        "edge": _edge(
+            plan,
+            partial(printer.inner, inside=_EDGE, masks={"j": "j_ok"}),
+            exponent,
+            slope,
+            [*spanned, *(() if whole else ("(j_first + BLOCK_N <= TK)",))],
+            functions,
+            _length_tests(plan),
+        ),
         "phases": {"before": data or proof.key_lo != ZERO, "after": data or not whole},
     }
 
@@ -361,7 +419,7 @@ def keys_context(
     )
     ranges = (at(proof.query_lo, "j_first"), at(proof.query_hi, "j_last"))
     data = uses_spans(plan)
-    roots = [*_roots(plan, exponent, slope, learned), *ranges, *(span_reads(spec, QUERY_SPANS) if data else ())]
+    roots = [*_roots(plan, exponent, slope, learned), *ranges, *_ends(plan, QUERY_SPANS)]
     masks = {"j": "j_ok"}
     printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks)
     low, high = (printer.value(e) for e in ranges)
@@ -370,13 +428,15 @@ def keys_context(
     length = static_length(spec, "i")
     even = length is not None and length % blocks["block_m"] == 0
     whole = proof.query_hi == spec.size("i") and even
-    searches = []
+    searches: list[dict[str, Any]] = []
+    spanned: list[str] = []
     if proof.key_hi != spec.size("j"):
         searches.append(_search(plan, gt(at(proof.key_hi, "i_middle"), Axis("j_last")), "inner_low", functions))
     if proof.key_lo != ZERO:
         searches.append(_search(plan, gt(at(proof.key_lo, "i_middle"), Axis("j_first")), "inner_high", functions))
     if data:
-        spans = span_texts(plan, printer, QUERY_SPANS)
+        spans = span_texts(plan, printer, QUERY_SPANS, tile["block_n"])
+        spanned = [f"(i_first >= {spans.whole_first})", f"(i_last < {spans.whole_last})"]
         low, high = f"tl.maximum({low}, {spans.first})", f"tl.minimum({high}, {spans.last})"
         # Keys that no query sees: the template takes it that the range does not end before it begins.
         high = f"tl.maximum({high}, tl.maximum({low}, 0) // BLOCK_M * BLOCK_M)"
@@ -391,6 +451,15 @@ def keys_context(
         "learned": items,
         "inner_body": _body(inner, plan, exponent, slope, learned, ranges=False),
         "edge_body": _body(edge, plan, exponent, slope, learned, ranges=True, tests=() if even else ("i_ok",)),
+        "edge": _edge(
+            plan,
+            partial(printer.inner, inside=_EDGE, masks=masks),
+            exponent,
+            slope,
+            [*spanned, *(() if even else ("(i_first + BLOCK_M <= TQ)",))],
+            functions,
+            () if even else ("i_ok",),
+        ),
         "tile_lines": printer.lines(0),
         "head_lines": printer.lines(1),
         "phases": {
@@ -398,6 +467,11 @@ def keys_context(
             "after": data or proof.key_lo != ZERO or not whole,
         },
     }
+
+
+def _ends(plan: Plan, tensor: str) -> list[Expr]:
+    """What a kernel reads of the spans, if it has any."""
+    return [load for ends in span_reads(plan.spec, tensor) for load in ends] if uses_spans(plan) else []
 
 
 def _search(plan: Plan, found: Expr, result: str, functions: set[str]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
     bounds = data_bounds(proof.residual)
     roots = [exponent.program, *mask, proof.residual, *ranges, *bounds.atoms, *(() if sink is None else (sink,))]
     if uses_spans(plan):
-        roots += span_reads(spec, KEY_SPANS)
+        roots += [load for ends in span_reads(spec, KEY_SPANS) for load in ends]
     printer = Printer(
         spec,
         (
@@ -251,7 +251,7 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
         high = f"tl.minimum({high}, tl.cdiv({limit} + 1, BLOCK_N) * BLOCK_N)"
     tested = proof.residual
     if uses_spans(plan):
-        spans = span_texts(plan, printer, KEY_SPANS)
+        spans = span_texts(plan, printer, KEY_SPANS, params["block_m"])
         low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high)
         tested = TRUE  # of what is whole
     sink_text = None if sink is None else printer.value(sink)
@@ -280,13 +280,15 @@ def forward_source(plan: Plan, descriptors: bool = False) -> str:
     )
 
 
-def narrowed(spans: SpanTexts, low: str, inner_low: str, inner_high: str, high: str) -> tuple[str, str, str, str]:
+def narrowed(
+    spans: SpanTexts, low: str, inner_low: str, inner_high: str, high: str, tl: str = "tl"
+) -> tuple[str, str, str, str]:
     """The four ends of a tile's sweep, none further out than the spans that data gives."""
     return (
-        f"tl.maximum({low}, {spans.first})",
-        f"tl.maximum({inner_low}, {spans.whole_first})",
-        f"tl.minimum({inner_high}, {spans.whole_last})",
-        f"tl.minimum({high}, {spans.last})",
+        f"{tl}.maximum({low}, {spans.first})",
+        f"{tl}.maximum({inner_low}, {spans.whole_first})",
+        f"{tl}.minimum({inner_high}, {spans.whole_last})",
+        f"{tl}.minimum({high}, {spans.last})",
     )
 
 

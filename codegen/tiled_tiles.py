@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from attncomp.codegen.tiled_backward_source import has_spread
 from attncomp.codegen.tiled_source import exponent_of, width_parts
 from attncomp.cost import Work
 from attncomp.expr import TRUE, ZERO, Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
@@ -82,11 +81,12 @@ def hopper_backward_tiles(spec: AttentionSpec, hardware: Hardware) -> dict[str, 
         return {}
     if not contains(spec.program, Score):
         return {}
-    keys: Tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
-    queries = keys
-    if Const(128) in (spec.size("d"), spec.size("e")) and (spec.dropout > 0 or has_spread(spec)):
-        keys = {**keys, "block_m": 32, "num_stages": 3}  # more vectors beside the sums: else registers are spilled
-    return {"hopper_keys": keys, "hopper_queries": queries}
+    tile: Tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+    queries = tile
+    reads = any(isinstance(n, Load) for n in walk(spec.mask))
+    if Const(128) not in (spec.size("d"), spec.size("e")) and exponent_of(spec).scale is not None and not reads:
+        queries = {**tile, "block_n": 128, "held": 1}  # takes the registers that a longer program would need
+    return {"hopper_keys": tile, "hopper_queries": queries}
 
 
 def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> Tile | None:

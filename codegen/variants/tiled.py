@@ -5,7 +5,6 @@ Any pointwise program and any mask; the proven key ranges are loop bounds, so ti
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,9 +38,6 @@ from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
-
-HOPPER_BACKWARD = "ATTNCOMP_HOPPER_BACKWARD"
-"""The environment variable that turns on (1) the backward kernels made for Hopper: some have not run on a GPU yet."""
 
 WIDEST = 256
 DTYPES = ("float16", "bfloat16", "float32")
@@ -79,13 +75,13 @@ class Tiled:
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
         }
-        if request.spec.training and params["descriptors"] and os.environ.get(HOPPER_BACKWARD) == "1":
+        if request.spec.training and params["descriptors"]:
             tiles |= hopper_backward_tiles(request.spec, request.hardware)
             params |= tiles
         if has_spans(request):
             params["spans"] = True
         hopper = hopper_tile(request.spec, request.proof, request.hardware)
-        if hopper is not None and params["descriptors"] and "spans" not in params:
+        if hopper is not None and params["descriptors"]:
             params["hopper"] = hopper  # the plain tile stays beside it, for tensors that have no descriptors
             tiles = {**tiles, "forward": hopper}
         try:

@@ -47,6 +47,41 @@ class Place:
         pass
 
 
+class Vectors:
+    """Places for vectors, which all warps write and read: between the two they must have met."""
+
+    def __init__(self, count: int) -> None:
+        self.parts = [Vector() for _ in range(count)]
+        vectors.extend(self.parts)
+
+    def index(self, n: Any) -> Vector:
+        return self.parts[int(n)]
+
+
+class Vector:
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.met = True
+        self.read = False
+
+    def store(self, value: Any) -> None:
+        assert not self.read, "written while other warps may still read it"
+        self.value, self.met = value, False
+
+    def load(self, layout: Any) -> Any:
+        assert self.met, "read before all warps have written it"
+        self.read = True
+        return self.value
+
+
+vectors: list[Vector] = []
+
+
+def _meet() -> None:
+    for vector in vectors:
+        vector.met, vector.read = True, False
+
+
 class Turned:
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -148,19 +183,21 @@ mbarrier = SimpleNamespace(
 tma = SimpleNamespace(async_load=_fetch)
 
 
-def _memory(dtype: Any, shape: list[Any], layout: Any) -> Place | Barriers:
+def _memory(dtype: Any, shape: list[Any], layout: Any) -> Place | Barriers | Vectors:
     sizes = [int(n) for n in shape]
-    return Barriers(sizes[0]) if layout == "barriers" else Place(sizes)
+    return Barriers(sizes[0]) if layout == "barriers" else Vectors(sizes[0]) if layout == "plain" else Place(sizes)
 
 
 class Language:
     """Gluon's language: Triton's, with layouts."""
 
-    barrier = staticmethod(lambda: None)
+    barrier = staticmethod(_meet)
     static_range = range
     allocate_shared_memory = staticmethod(_memory)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "SwizzledSharedLayout":
+            return lambda *args, **kwargs: "plain"
         if name.endswith("Layout"):
             return lambda *args, **kwargs: None
         return getattr(real, name)

@@ -122,7 +122,7 @@ MASKS = (
 )
 
 
-def case_of(masked: Masked, *, training: bool = True, empty: Empty = "zero") -> Case:
+def case_of(masked: Masked, *, training: bool = True, empty: Empty = "zero", width: int = 16) -> Case:
     generator = torch.Generator().manual_seed(3)
     lengths = [masked.queries, masked.keys]
     found = [make(generator, n) for make, n in zip(masked.data, lengths, strict=False)]
@@ -135,7 +135,7 @@ def case_of(masked: Masked, *, training: bool = True, empty: Empty = "zero") -> 
         heads=2,
         query=masked.queries,
         key=masked.keys,
-        width=16,
+        width=width,
         mask=masked.mask,
         captured=infos,
         training=training,

@@ -17,11 +17,13 @@ from attncomp.codegen.compile import cross_compile, has_triton, interprets, sign
 from attncomp.codegen.hopper_schedule import Schedule, schedule
 from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
 from attncomp.codegen.launch import box_layout
+from attncomp.codegen.spans import spanned_plan
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import Const
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.plan import Plan
 from attncomp.variant import Offer
+from tests.codegen import spans_runs
 from tests.codegen.tiled_cases import Case, cases_of
 from tests.codegen.tiled_runs import errors, plan_of, request_of, with_dtype
 
@@ -61,12 +63,10 @@ def offered(case: Case, hardware: Hardware = H100_SXM, device: str = "cuda") -> 
     return offer
 
 
-def without_spans(case: Case) -> Plan:
-    """The plan of a case at a length at which spans of its mask would be found, which the plain kernel reads."""
+def planned(case: Case) -> Plan:
+    """The plan that the operator runs: spans of the mask are among its tensors."""
     plan = plan_of(case, "cuda")
-    params = {name: value for name, value in plan.params.items() if name != "spans"}
-    params["hopper"] = tiled_tiles.hopper_tile(case.spec, case.proof, H100_SXM)
-    return dataclasses.replace(plan, params=params)
+    return spanned_plan(plan) if plan.params.get("spans") else plan
 
 
 # -- who gets it -----------------------------------------------------------------------------------------------------
@@ -105,10 +105,11 @@ def test_other_devices_dtypes_and_widths(changes: dict[str, Any], hardware: Hard
 
 
 @pytest.mark.parametrize("name", ["documents", "padding_zero", "proven_image"])
-def test_spans_are_read_by_the_plain_kernel(name: str) -> None:
-    assert "hopper" in offered(find(name, 128)).params
-    params = offered(find(name, 128, length=640)).params
-    assert ("hopper" in params) == ("spans" not in params) == (name == "proven_image")
+def test_spans_are_read(name: str) -> None:
+    for length in (LENGTH, 640):
+        params = offered(find(name, 128, length=length)).params
+        assert "hopper" in params
+        assert ("spans" in params) == (length == 640 and name != "proven_image")
 
 
 def test_an_unknown_triton_has_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +188,7 @@ def test_one_of_two_kernels_has_nothing_to_do() -> None:
 
 # -- compiled --------------------------------------------------------------------------------------------------------
 
-_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "bool": "*i1"}
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32", "bool": "*i1"}
 _STACK = 512
 """Bytes. Triton 3.9's compiler keeps there what is computed before the loops over keys; 3.6's keeps next to nothing."""
 _SPILLED = 32
@@ -232,7 +233,7 @@ _QUICK = (("causal", 128), ("documents", 64), ("window", 128))
     [pytest.param(n, w, marks=() if (n, w) in _QUICK else pytest.mark.slow) for n, w in INSTANCES],
 )
 def test_compiles_with_overlap_and_without_spilled_tiles(name: str, width: int, tmp_path: Path) -> None:
-    plan = without_spans(find(name, width, length=3840))
+    plan = planned(find(name, width, length=3840))
     kernel = compiled(plan)
     assert kernel.metadata.shared <= 227 * 1024
     stack = re.search(r"STACK:(\d+)", dumped(kernel.asm["cubin"], "-res-usage", tmp_path))
@@ -285,6 +286,32 @@ def test_on_a_gpu(name: str, width: int, dtype: str, monkeypatch: pytest.MonkeyP
     limit = max(_LIMITS[dtype], *(_LIMITS.get(t.dtype, 0) for t in case.spec.captured), 0)
     limits = dict.fromkeys(found, limit) | ({"dc0": _SUMMED[name][dtype]} if name in _SUMMED else {})
     assert {k: v for k, v in found.items() if not v <= limits[k]} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [m.name for m in spans_runs.MASKS])
+@pytest.mark.parametrize("width", [64, 128])
+def test_ranges_from_data_on_a_gpu(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of masks whose spans it reads: long enough for tiles that are certain, ragged at the end."""
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    rendered: list[Plan] = []
+
+    def render(plan: Plan) -> str:
+        rendered.append(plan)
+        return hopper_source(plan)
+
+    monkeypatch.setattr(tiled_launch, "hopper_source", render)
+    masked = spans_runs.find(name)
+    if masked.queries == masked.keys:
+        masked = dataclasses.replace(masked, queries=1000, keys=1000)
+    case = with_dtype(spans_runs.case_of(masked, width=width), "bfloat16")
+    found = spans_runs.built_errors(case, plan_of(case, "cuda", {"spans": True}), "cuda")
+    assert rendered
+    assert all("key_spans" in (t.name for t in plan.spec.tensors) for plan in rendered)
+    assert {k: v for k, v in found.items() if not v <= 3e-2} == {}
 
 
 @pytest.mark.gpu

@@ -248,6 +248,15 @@ def cases_of(length: int, width: int) -> tuple[Case, ...]:
         captured=(_info("c0", (2,), grad=True),),
         captured_values=(lambda: torch.tensor([0.7, -1.2]),),
     )
+    case(
+        "sink_huge",
+        _causal,
+        mask=causal,
+        heads=4,
+        normaliser=Normaliser(sink=Load("c0", (H,))),
+        captured=(_info("c0", (4,), grad=True),),
+        captured_values=(lambda: torch.tensor([FINFO_MIN, 1e5, 2000.0, -math.inf]),),
+    )
     case("offset", lambda s: _causal(s, 26), mask=le(J, add(I, Const(26))), query=length - 16, key=length + 10)
     case("short_keys", key=9)
     case("one_query", query=1)
