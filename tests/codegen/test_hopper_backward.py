@@ -37,8 +37,8 @@ _EMULATED = (
     "plain", "causal", "window", "causal_window", "grouped_heads", "one_key_head", "softcap", "alibi_learned",
     "learned_scale", "dense_bias_shared", "bias_table", "distance_table_learned", "key_bias_learned", "padding_zero",
     "padding_finfo_min", "padding_float_minus_inf", "documents", "sink", "sink_huge", "offset", "short_keys",
-    "one_query", "float16", "odd_functions", "stripes", "proven_image", "proven_local_or_summary", "symbolic", "dropout_grouped_heads",
-    "dropout_softcap", "dropout_sink", "dropout_symbolic",
+    "one_query", "float16", "odd_functions", "stripes", "proven_image", "proven_local_or_summary", "symbolic",
+    "dropout_grouped_heads", "dropout_softcap", "dropout_sink", "dropout_symbolic",
 )  # fmt: skip
 _QUICK = ("plain", "causal_window", "grouped_heads", "alibi_learned", "documents", "symbolic", "dropout_softcap")
 
