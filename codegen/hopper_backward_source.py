@@ -23,7 +23,7 @@ from attncomp.codegen.tiled_backward_source import (
     score_derivative,
 )
 from attncomp.codegen.tiled_source import Exponent, common_context, program_context
-from attncomp.expr import Const, Expr, axes_of, loads_of
+from attncomp.expr import axes_of, loads_of
 from attncomp.plan import Plan
 
 HOPPER_BACKWARD = "hopper_backward.py.jinja"
@@ -54,7 +54,7 @@ def hopper_backward_source(plan: Plan) -> str:
         context = keys_context if name == "keys" else queries_context
         kernels[name] = context(plan, exponent, slope, learned, functions, tile)
         kernels[name] |= {"warps": tile["num_warps"], "stages": tile["num_stages"], "held": bool(tile.get("held"))}
-        kernels[name]["apart"] = _has_edges_apart(kernels[name], slope)
+        kernels[name]["apart"] = _has_edges_apart(kernels[name])
         kernels[name]["early"] = not kernels[name]["apart"] or reads_by_pair
     return render(
         HOPPER_BACKWARD,
@@ -71,13 +71,10 @@ def hopper_backward_source(plan: Plan) -> str:
     )
 
 
-def _has_edges_apart(kernel: Mapping[str, Any], slope: Expr) -> bool:
-    """Whether only the weights of tiles on an edge are masked, in a branch of the step.
-
-    What is zero for that stays zero only where the derivative is a number.
-    """
+def _has_edges_apart(kernel: Mapping[str, Any]) -> bool:
+    """Whether only the weights of tiles on an edge are masked, in a branch of the step."""
     bounded = kernel["phases"]["before"] or kernel["phases"]["after"]
-    return bounded and isinstance(slope, Const) and not kernel["learned"] and kernel["edge"] is not None
+    return bounded and not kernel["learned"] and kernel["edge"] is not None
 
 
 def _start(exponent: Exponent) -> str:

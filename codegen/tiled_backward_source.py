@@ -1,5 +1,5 @@
-"""The source of the tiled backward kernels: ``prepare``, ``keys`` (dK, dV), ``queries`` (dQ), and ``pairs_n`` for each
-learned tensor that is read by query and key.
+"""The source of the tiled backward kernels: ``prepare``, ``keys`` (dK, dV), ``queries`` (dQ, and gradients of what is
+learned for each pair), and ``pairs_n`` for each other learned tensor that is read by query and key.
 
 With W the weights and D = rowsum(dO * O), a program value gets the gradient g = W * (dO Vᵀ - D) under a softmax, dO Vᵀ
 without a normaliser, and (dO Vᵀ - D) / sum under a sum. A score gets ``g * d program / d S``, and a captured element c
@@ -175,7 +175,7 @@ def backward_source(plan: Plan, descriptors: bool = False) -> str:
         "keys": keys_context(plan, exponent, slope, learned, functions, plan.params["keys"]),
         "queries": queries_context(plan, exponent, slope, learned, functions, plan.params["queries"]),
         "pairs": [
-            _pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(x for x in learned if x.by_pair)
+            _pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(pair_kernels(spec))
         ],
     }
     return render(
@@ -258,6 +258,7 @@ def _edge(
     printer: Callable[[], Printer],
     exponent: Exponent,
     slope: Expr,
+    stored: tuple[Learned, ...],
     spanned: list[str],
     functions: set[str],
     tests: tuple[str, ...],
@@ -267,9 +268,12 @@ def _edge(
     printer: makes one for a body of the step whose indices may be beyond the end. spanned: what holds of a tile that is
     whole, as far as lengths and data go.
     """
+    derivatives = (slope, *(x.derivative for x in stored))
+    if not all(isinstance(e, Const) for e in derivatives):  # only then does what is zero for the mask stay zero
+        return None
     if plan.proof.residual != TRUE and not uses_spans(plan):
         return None
-    body, test = _body(printer(), plan, exponent, slope, (), ranges=False), printer()
+    body, test = _body(printer(), plan, exponent, slope, stored, ranges=False), printer()
     test.levels = (*test.levels[:-1], replace(test.levels[-1], prefix="m"))  # names that the body does not have
     whole = _whole(plan)
     outer = _printer(plan, (Level("r", frozenset(("b", "h", *_NAMES[4:8]))),), whole, functions)
@@ -349,9 +353,10 @@ def queries_context(
     functions: set[str],
     tile: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What ``queries`` is rendered with. Of the learned reads it takes those that no key has a part in."""
+    """What ``queries`` is rendered with. Of the learned reads it takes those that no key has a part in, and those of an
+    element for each pair."""
     proof = plan.proof
-    learned = tuple(x for x in learned if "j" not in x.axes)
+    learned, stored = tuple(x for x in learned if "j" not in x.axes), stored_reads(plan.spec)
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     data = uses_spans(plan)
     roots = [*_roots(plan, exponent, slope, learned), *ranges, *_ends(plan, KEY_SPANS)]
@@ -363,6 +368,8 @@ def queries_context(
         spanned = [f"(j_first >= {spans.whole_first})", f"(j_last < {spans.whole_last})"]
         low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high)
     items = [_item(printer, x, "i") for x in learned]
+    pairs = printer.inner()
+    pairs.axes = {**pairs.axes, "i": "pair_i", "j": "pair_j"}
     blocks = _blocks(tile)
     length = static_length(plan.spec, "j")
     whole = proof.key_hi == plan.spec.size("j") and length is not None and length % blocks["block_n"] == 0
@@ -375,15 +382,16 @@ def queries_context(
         "inner_low": inner_low,
         "inner_high": inner_high,
         "learned": items,
+        "stored": [_item(pairs, x, "i") for x in stored],
         "inner_body": _body(
-            printer.inner(inside={"i": "i_in"}), plan, exponent, slope, learned, ranges=False, tests=rows
+            printer.inner(inside={"i": "i_in"}), plan, exponent, slope, (*learned, *stored), ranges=False, tests=rows
         ),
         "edge_body": _body(
             printer.inner(inside=_EDGE, masks={"j": "j_ok"}),
             plan,
             exponent,
             slope,
-            learned,
+            (*learned, *stored),
             ranges=True,
             tests=(*rows, *_length_tests(plan)),
         ),
@@ -393,6 +401,7 @@ def queries_context(
             partial(printer.inner, inside=_EDGE, masks={"j": "j_ok"}),
             exponent,
             slope,
+            stored,
             [*spanned, *(() if whole else ("(j_first + BLOCK_N <= TK)",))],
             functions,
             _length_tests(plan),
@@ -456,6 +465,7 @@ def keys_context(
             partial(printer.inner, inside=_EDGE, masks=masks),
             exponent,
             slope,
+            (),
             [*spanned, *(() if even else ("(i_first + BLOCK_M <= TQ)",))],
             functions,
             () if even else ("i_ok",),
@@ -580,15 +590,37 @@ def _table_dimension(spec: AttentionSpec, x: Learned) -> int | None:
     return varying[0] if isinstance(size, Const) and int(size.value) <= _ENTRIES else None
 
 
+def stored_tensors(spec: AttentionSpec) -> frozenset[str]:
+    """The learned tensors whose gradients are stored, each element once, in their own dtype."""
+    own = {x.load.tensor for x in pair_kernels(spec) if stores_pairs(spec, x.load)}
+    return frozenset(own | {x.load.tensor for x in stored_reads(spec)})
+
+
 def added_tensors(spec: AttentionSpec) -> frozenset[str]:
     """The learned tensors to whose gradients several programs add, in an order that differs from run to run."""
-    stored = {x.load.tensor for x in pair_kernels(spec) if stores_pairs(spec, x.load)}
-    return frozenset(learned_tensors(spec)) - stored
+    return frozenset(learned_tensors(spec)) - stored_tensors(spec)
+
+
+def stored_reads(spec: AttentionSpec) -> tuple[Learned, ...]:
+    """The learned reads whose gradients ``queries`` stores: each pair of each head and sequence has its own element."""
+    single = {axis for axis in ("b", "h") if spec.size(axis) == Const(1)}
+    return tuple(
+        x
+        for x in learned_reads(spec, spec.program, "p")
+        if x.by_pair and stores_pairs(spec, x.load) and {"b", "h"} <= x.axes | single
+    )
 
 
 def pair_kernels(spec: AttentionSpec) -> tuple[Learned, ...]:
     """The learned reads that have a kernel ``pairs_n`` of their own, in order."""
-    return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair)
+    stored = stored_reads(spec)
+    return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair and x not in stored)
+
+
+def has_every_pair(plan: Plan) -> bool:
+    """Whether the kernels visit all pairs, so that what they store needs no zeros before."""
+    proof = plan.proof
+    return proof.key_lo == ZERO and proof.key_hi == plan.spec.size("j") and not uses_spans(plan)
 
 
 def _blocks(tile: Mapping[str, int]) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tiled_backward_source import (
     backward_arguments,
     backward_source,
+    has_every_pair,
     learned_tensors,
     pair_kernels,
-    stores_pairs,
+    stored_reads,
+    stored_tensors,
 )
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source
 from attncomp.plan import Plan
@@ -221,8 +223,9 @@ class Kernels:
         self.spec = self.parts[0].plan.spec
         self.captured = tuple(t.name for t in self.spec.captured)
         self.learned = tuple(learned_tensors(self.spec))
-        stored = {x.load.tensor for x in pair_kernels(self.spec) if stores_pairs(self.spec, x.load)}
-        self.stored = frozenset(stored)
+        self.stored = stored_tensors(self.spec)
+        whole = all(map(has_every_pair, parts))
+        self.covered = {f"g{x.load.tensor}" for x in stored_reads(self.spec)} if whole else set()
         self.forwards: Memo[PreparedCall] = Memo()
         self.backwards: Memo[PreparedCall] = Memo()
 
@@ -257,7 +260,8 @@ class Kernels:
             # Stored once for each element, in the tensor's own dtype; added up in float32.
             dtype = named[name].dtype if name in self.stored else torch.float32
             made[f"g{name}"] = meta(named[name].shape, dtype)
-        outputs = [Output(t, q.device, zeroed=name.startswith("g")) for name, t in made.items()]
+        zeroed = {name for name in made if name.startswith("g")} - self.covered
+        outputs = [Output(t, q.device, zeroed=name in zeroed) for name, t in made.items()]
         rows = {name: meta((batch, heads, queries), torch.float32) for name in ("delta", "shifts", "spreads")}
         outputs += [Output(t, q.device) for t in rows.values()]
         launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes).values()]
