@@ -1,0 +1,58 @@
+"""Linear attention of the literature: found as it is written, and right; or kept, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attncomp.report import clear_reports, reports
+from benchmarks.linear_systems import SYSTEMS, Sizes, System
+from tests.agreement import ALWAYS
+
+OPTIONS: Any = {"policy": ALWAYS, "executor": "eager"}
+SIZES = Sizes(batch=2, heads=2, n=32, width=4, dtype=torch.float64)
+
+KEPT = {
+    "L2ViT": "",
+    "L2ViT, quadratic": "",
+    "SANA": "",
+    "SANA, blocks": "not-a-recurrence",
+    "RALA": "no-score-contraction",
+    "HGRN2": "not-a-recurrence",
+    "RWKV-6": "not-a-recurrence",
+    "RWKV-7": "not-a-recurrence",
+    "mLSTM": "",
+    "ScatterFormer": "",
+}
+"""What stays as it is written, and the code of the reason; empty where nothing in it looks like what is lifted:
+products in an order that is linear already, or sums that are no attention's."""
+
+SOFTMAX = {"Agent Attention": 2, "GSA": SIZES.n}
+"""Attentions by softmax; the loop around those of GSA, one for each step, is kept."""
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
+def test_is_found_and_right(system: System) -> None:
+    tensors = system.inputs(SIZES)
+    learned = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
+    torch._dynamo.reset()
+    clear_reports()
+    out = torch.compile(system.attend, backend="attncomp", options=OPTIONS)(**tensors)
+    right = system.attend(**tensors)
+    direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(1), dtype=right.dtype)
+    torch.testing.assert_close(out, right, rtol=1e-8, atol=1e-10)
+    found = torch.autograd.grad(out, learned, direction, allow_unused=True)
+    for a, b in zip(found, torch.autograd.grad(right, learned, direction, allow_unused=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert not [r.fallback for r in reports() if r.fallback]
+    sites = [s for r in reports() for s in r.sites]
+    if system.name in SOFTMAX:
+        assert [s.verdict for s in sites if s.kind == "softmax"] == ["rewritten"] * SOFTMAX[system.name]
+    elif system.name in KEPT:
+        assert {str(s.reason).split(":")[0] for s in sites} == ({KEPT[system.name]} if KEPT[system.name] else set())
+        assert all(s.verdict == "kept" for s in sites)
+    else:
+        assert sites
+        assert all(s.verdict == "rewritten" for s in sites)
