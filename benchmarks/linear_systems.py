@@ -1,8 +1,9 @@
 """Linear attention of the literature, each written as its paper writes it, in our own words.
 
 Every system is a function of tensors over (batch, heads, time, width). `make` draws them: queries, keys and values of
-unit scale, keys of length one where the paper normalises them, gates between 0 and 1. Loops run over time or over
-chunks in Python, as the papers' reference code has them. What attncomp makes of each stands in docs/linear.md.
+unit scale, keys of length one where the paper normalises them, gates between 0 and 1; what gates are made of is never
+narrower than float32. Loops run over time or over chunks in Python and in float32 at least, as the papers' reference
+code has them. What attncomp makes of each stands in docs/linear.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +50,13 @@ class System:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+        def dtype(name: str, x: Tensor) -> torch.dtype:
+            if not x.is_floating_point():
+                return x.dtype
+            return sizes.dtype if name in "qkv" else torch.promote_types(sizes.dtype, torch.float32)
+
         made = self.make(draw, sizes)
-        return {
-            name: x.to(sizes.device, sizes.dtype if x.is_floating_point() else x.dtype).contiguous()
-            for name, x in made.items()
-        }
+        return {name: x.to(sizes.device, dtype(name, x)).contiguous() for name, x in made.items()}
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -97,6 +101,20 @@ def _steps(x: Tensor) -> tuple[Tensor, ...]:
     return x.unbind(2)
 
 
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
+def _in_float32(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Queries, keys and values are cast up for a function with a state, and its result is cast down."""
+
+    @wraps(attend)
+    def run(q: Tensor, k: Tensor, v: Tensor, **more: Tensor) -> Tensor:
+        return attend(*_wide(q, k, v), **more).to(q.dtype)
+
+    return run
+
+
 def _triangle(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
@@ -114,9 +132,10 @@ def retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * weights.to(q.dtype)) @ v
 
 
+@_in_float32
 def retention_recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = q.shape[1]
-    decay = (1 - 2.0 ** (-5 - torch.arange(heads, device=q.device, dtype=torch.float32))).to(q.dtype)
+    decay = 1 - 2.0 ** (-5 - torch.arange(heads, device=q.device, dtype=q.dtype))
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
     rows = []
     for q_t, k_t, v_t in zip(_steps(q), _steps(k), _steps(v), strict=True):
@@ -130,10 +149,11 @@ def lightning_1(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
     i = torch.arange(q.shape[2], device=q.device)
     distance = i[:, None] - i[None, :]
     mask = torch.exp(-slope[:, None, None] * distance).masked_fill(distance < 0, 0)
-    out = (q @ k.mT * mask) @ v
+    out = (q @ k.mT * mask.to(q.dtype)) @ v
     return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6)
 
 
+@_in_float32
 def lightning_2(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, chunk: int = 8) -> Tensor:
     """Blocks of rows: a masked product inside of the block, a state that carries what came before."""
     s = slope[:, None, None]
@@ -179,6 +199,7 @@ def based_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v) / (weights.sum(-1, keepdim=True) + 1e-6)
 
 
+@_in_float32
 def cumulative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Katharopoulos et al.: sums of outer products, and of keys for the normaliser."""
     q, k = F.elu(q) + 1, F.elu(k) + 1
@@ -207,6 +228,7 @@ def sana(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[..., :-1] / (out[..., -1:] + 1e-8)
 
 
+@_in_float32
 def sana_blocks(q: Tensor, k: Tensor, v: Tensor, chunk: int = 8) -> Tensor:
     """Blocks of frames see each other and all that came before: the state is added before it is read."""
     q, k = F.relu(q), F.relu(k)
@@ -246,7 +268,7 @@ def scalar_gates(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Gated retention, simple GLA: exp of differences of summed log gates under the triangle."""
     c = F.logsigmoid(gate).cumsum(-1)
     decay = torch.tril((c[..., :, None] - c[..., None, :]).tril().exp())
-    return (q @ k.mT * decay) @ v
+    return (q @ k.mT * decay.to(q.dtype)) @ v
 
 
 def _segsum(x: Tensor) -> Tensor:
@@ -261,9 +283,10 @@ def _segsum(x: Tensor) -> Tensor:
 def ssd_quadratic(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     step = F.softplus(gate - 2)
     decay = torch.exp(_segsum(-step))
-    return (q @ k.mT * decay) @ (v * step[..., None])
+    return (q @ k.mT * decay.to(q.dtype)) @ (v * step[..., None].to(v.dtype))
 
 
+@_in_float32
 def ssd_chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk: int = 8) -> Tensor:
     """Mamba-2's minimal listing: chunks at once, states between them by a small quadratic form."""
     step = F.softplus(gate - 2)
@@ -280,6 +303,7 @@ def ssd_chunks(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk: int = 8) ->
     return (inside + before).flatten(2, 3)
 
 
+@_in_float32
 def gla(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     decay = F.logsigmoid(gate).exp()
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
@@ -290,12 +314,14 @@ def gla(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+@_in_float32
 def gla_parallel(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Queries times the exponential of the summed gates, keys times its inverse: overflows where the loop does not."""
     total = F.logsigmoid(gate).cumsum(2)
     return torch.tril((q * total.exp()) @ (k * (-total).exp()).mT) @ v
 
 
+@_in_float32
 def hgrn2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What is forgotten of a channel is what is written to it: the key is one minus the gate."""
     forget = torch.sigmoid(k * k.shape[3] ** 0.5)
@@ -307,6 +333,7 @@ def hgrn2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+@_in_float32
 def gsa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Gated slots: keys and values are written to slots, and read by a softmax over the slots."""
     alpha = torch.sigmoid(gate)
@@ -327,13 +354,14 @@ def vig(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     def sweep(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         c = g.cumsum(-1)
         weights = torch.exp(c[..., :, None] - c[..., None, :]).masked_fill(~_triangle(q.shape[2], q.device), 0.0)
-        return (q @ k.mT * weights) @ v
+        return (q @ k.mT * weights.to(q.dtype)) @ v
 
     g = F.logsigmoid(gate)
     back = sweep(q.flip(2), k.flip(2), v.flip(2), g.flip(2)).flip(2)
     return sweep(q, k, v, g) + back
 
 
+@_in_float32
 def rwkv6(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bonus: Tensor) -> Tensor:
     """The state is read before the token is written to it; the token itself has a weight of its own."""
     decay = torch.exp(-torch.exp(gate - 4))
@@ -349,6 +377,7 @@ def rwkv6(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bonus: Tensor) -> Tenso
 # -- the delta rule ----------------------------------------------------------------------------------------------------
 
 
+@_in_float32
 def deltanet(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     beta = torch.sigmoid(beta)
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
@@ -361,6 +390,7 @@ def deltanet(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+@_in_float32
 def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     alpha, beta = F.logsigmoid(gate).exp(), torch.sigmoid(beta)
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
@@ -374,6 +404,7 @@ def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) 
     return torch.stack(rows, 2)
 
 
+@_in_float32
 def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     log_alpha, beta = F.logsigmoid(gate), torch.sigmoid(beta)
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
@@ -387,6 +418,7 @@ def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+@_in_float32
 def rwkv7(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     """A transition of rank one whose vectors are not the written key."""
     decay, rate = torch.exp(-0.6 * torch.sigmoid(gate)), torch.sigmoid(beta)
@@ -414,7 +446,7 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, entry: Tensor) -> Tenso
     largest = log_weights.amax(-1, keepdim=True)
     weights = q @ k.mT * torch.exp(log_weights - largest)
     normaliser = torch.maximum(weights.sum(-1, keepdim=True).abs(), torch.exp(-largest))
-    return (weights / (normaliser + 1e-6)) @ v
+    return (weights / (normaliser + 1e-6)).to(v.dtype) @ v
 
 
 def mlstm_sigmoid(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, entry: Tensor) -> Tensor:
@@ -422,7 +454,7 @@ def mlstm_sigmoid(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, entry: Tensor) 
     c = F.logsigmoid(gate).cumsum(-1)
     log_weights = c[..., :, None] - c[..., None, :] + F.logsigmoid(entry)[..., None, :]
     weights = torch.exp(log_weights.masked_fill(~_triangle(q.shape[2], q.device), -INF))
-    return (q @ k.mT * weights) @ v
+    return (q @ k.mT * weights.to(q.dtype)) @ v
 
 
 # -- structure that is not a line --------------------------------------------------------------------------------------
@@ -439,6 +471,7 @@ def segments(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return out / (torch.einsum("bhtd,bhtd->bht", q, totals[:, :, ids])[..., None] + 1e-6)
 
 
+@_in_float32
 def polylines(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, side: int = 8) -> Tensor:
     """PPMA: on an image, a pair decays along a row and then along a column: products of two one-dimensional decays."""
     g = F.logsigmoid(gate).unflatten(2, (-1, side))

@@ -174,9 +174,7 @@ def backward_source(plan: Plan, descriptors: bool = False) -> str:
         "prepare": _prepare(plan, functions),
         "keys": keys_context(plan, exponent, slope, learned, functions, plan.params["keys"]),
         "queries": queries_context(plan, exponent, slope, learned, functions, plan.params["queries"]),
-        "pairs": [
-            _pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(pair_kernels(spec))
-        ],
+        "pairs": [_pairs(plan, exponent, x, f"pairs_{n}", functions) for n, x in enumerate(pair_kernels(spec))],
     }
     return render(
         BACKWARD,

@@ -32,6 +32,7 @@ from benchmarks import (
     picture,
     program_cases,
     programs,
+    systems,
     workers,
     zoo,
 )
@@ -131,6 +132,15 @@ def test_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert [r[0].split(",")[0] for r in forward] == [r[0].split(",")[0] for r in training] == ["sinks", "padded"]
     assert max(float(r[n]) for r in forward for n in (3, 6)) < 1e-5
     assert max(float(r[n]) for r in training for n in (3, 4)) < 1e-5
+
+
+def test_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    systems.main([*TINY, "--systems", "^(Mamba-2$|Gated retention)"])
+    said = capsys.readouterr().out
+    found = [line.split(" | ") for line in said.splitlines() if ", 32 | " in line]
+    assert len(found) == 4
+    assert all(line[-1].endswith("chunked_recurrence") for line in found)
+    assert max(float(line[5]) for line in found) < 1e-5
 
 
 @pytest.mark.parametrize("program", program_cases.BY_NAME.values(), ids=lambda p: p.name)
