@@ -42,6 +42,9 @@ class Run(Protocol):
     def held(self, x: Any, field: Field) -> Held | None:
         """What a node or number is in a field; None: it has no number (an infinity, a tuple)."""
 
+    def shape(self, node: Node) -> list[int]:
+        """The shape that a node has in this evaluation."""
+
     def known(self, x: Any) -> torch.Tensor | None:
         """The exact value of a node that depends on no data, or None."""
 
@@ -91,13 +94,13 @@ def _moved(run: Run, node: Node, field: Field) -> Held | list[Held] | None:
 def _viewed(run: Run, node: Node, field: Field) -> Held | None:
     """Views that need a certain order of memory."""
     held = run.held(arguments(node)[0], field)
-    shape = list(value_of(node).shape)
+    shape = run.shape(node)
     return None if held is None else held.reshaped(shape)
 
 
 def _expanded(run: Run, node: Node, field: Field) -> Held | None:
     held = run.held(arguments(node)[0], field)
-    shape = list(value_of(node).shape)
+    shape = run.shape(node)
     return None if held is None else held.expanded(shape)
 
 
@@ -114,7 +117,7 @@ def _same(run: Run, node: Node, field: Field) -> Held | None:
 def _copied(run: Run, node: Node, field: Field) -> Held | None:
     """``copy(x, y)``: y in the shape of x."""
     held = run.held(arguments(node)[1], field)
-    shape = list(value_of(node).shape)
+    shape = run.shape(node)
     return None if held is None else held.expanded(shape)
 
 
@@ -124,20 +127,20 @@ def _item(run: Run, node: Node, field: Field) -> Held | None:
 
 def _constant(number: int) -> Rule:
     def rule(run: Run, node: Node, field: Field) -> Held | None:
-        return Held(torch.full(list(value_of(node).shape), number, dtype=torch.int64))
+        return Held(torch.full(run.shape(node), number, dtype=torch.int64))
 
     return rule
 
 
 def _full(run: Run, node: Node, field: Field) -> Held | None:
     held = run.held(argument(node, 2 if name_of(node) == "new_full" else 1, "fill_value"), field)
-    shape = list(value_of(node).shape)
+    shape = run.shape(node)
     return None if held is None else held.expanded(shape)
 
 
 def _fill(run: Run, node: Node, field: Field) -> Held | None:
     held = run.held(arguments(node)[1], field)
-    shape = list(value_of(node).shape)
+    shape = run.shape(node)
     return None if held is None else held.expanded(shape)
 
 
@@ -563,7 +566,7 @@ def _uninterpreted(run: Run, node: Node, field: Field) -> Held | None:
     if found is None:
         return None
     drawn_by = scattered(found, drawn(run.seed, ", ".join(text))).remainder(field.order)
-    return Held(drawn_by.expand(list(value_of(node).shape)))
+    return Held(drawn_by.expand(run.shape(node)))
 
 
 def _by_row(run: Run, node: Node, field: Field) -> Held | None:

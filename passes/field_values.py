@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attncomp.passes.field import EXPONENTS, VALUES, Field
 from attncomp.passes.field_rules import BY_ROW, FUNCTIONS, MOVES, OF_TUPLES, RULES, Held, drawn, is_item, uninterpreted
+from attncomp.passes.field_shapes import Label, Sides, sides
 from attncomp.passes.known_values import KnownValues, is_fixed
 from attncomp.passes.nodes import argument, arguments, name_of, value_of
 
@@ -46,16 +47,24 @@ def trials(degree: int) -> int:
 class Region:
     """The part of a graph above some nodes, in an order in which it can be evaluated.
 
-    wanted: the nodes whose values are asked for. leaves: nodes that stand for themselves though they have a rule.
+    wanted: the nodes whose values are asked for; exponents: those that are asked for as exponents. leaves: nodes that
+    stand for themselves though they have a rule.
     """
 
     def __init__(
-        self, graph: GraphModule, known: KnownValues, wanted: Sequence[Node], leaves: frozenset[Node] = frozenset()
+        self,
+        graph: GraphModule,
+        known: KnownValues,
+        wanted: Sequence[Node],
+        leaves: frozenset[Node] = frozenset(),
+        exponents: Sequence[Node] = (),
     ) -> None:
         self.graph = graph
         self.known = known
+        self.sides: Sides | None = None
         self.wanted = tuple(wanted)
         self.leaves = leaves
+        self.exponents = tuple(exponents)
         self.order: list[Key] = []
         self.uses: dict[Key, int] = {}
         self.reads: dict[Key, tuple[Key, ...]] = {}
@@ -64,7 +73,8 @@ class Region:
 
     def _collect(self) -> None:
         seen: set[Key] = set()
-        stack: list[tuple[Key, bool]] = [((n, VALUES), False) for n in reversed(self.wanted)]
+        ends: list[Key] = [*((n, EXPONENTS) for n in self.exponents), *((n, VALUES) for n in reversed(self.wanted))]
+        stack: list[tuple[Key, bool]] = [(key, False) for key in ends]
         while stack:
             key, done = stack.pop()
             if done:
@@ -78,6 +88,24 @@ class Region:
                 self.uses[r] = self.uses.get(r, 0) + 1
             stack.append((key, True))
             stack.extend((r, False) for r in reversed(reads) if r not in seen)
+
+    def narrowed(self) -> Region:
+        """This region, of which only a few elements are evaluated along dimensions that nothing addresses."""
+        nodes = list(dict.fromkeys(n for n, _ in self.order))
+        self.sides = sides(nodes, lambda n: self.way(n, VALUES), self.known)
+        return self
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape that a node has in an evaluation."""
+        if self.sides is not None and node in self.sides.shapes:
+            return self.sides.shapes[node]
+        return tuple(int(s) for s in value_of(node).shape)
+
+    def labels(self, node: Node) -> tuple[Label, ...]:
+        """What each dimension of a node is: equal for those that run along each other."""
+        if self.sides is not None and node in self.sides.labels:
+            return self.sides.labels[node]
+        return tuple(("size", int(s)) for s in value_of(node).shape)
 
     def _reads(self, node: Node, field: Field) -> tuple[Key, ...]:
         if self.known.at(node) is not None:
@@ -139,13 +167,13 @@ class Region:
             value = value_of(node)
             if not isinstance(value, torch.Tensor) or self.way(node, field) != "rule":
                 continue
-            size = value.numel()
+            size = math.prod(self.shape(node))
             name = name_of(node)
             if name in ("matmul", "bmm", "mm", "linalg_solve_triangular"):
-                inner = value_of(arguments(node)[0]).shape[-1]
+                inner = self.shape(arguments(node)[0])[-1]
                 size += size * inner // 16
             elif name in ("select_scatter", "slice_scatter"):
-                size = math.prod(value_of(arguments(node)[1]).shape)
+                size = math.prod(self.shape(arguments(node)[1]))
             elif name == "einsum":
                 size *= 4
             total += size
@@ -274,16 +302,24 @@ class FieldValues:
             )
         )
 
+    def shape(self, node: Node) -> list[int]:
+        return list(self._region.shape(node))
+
+    def _narrow(self, node: Node, exact: torch.Tensor) -> torch.Tensor:
+        for d, size in enumerate(self._region.shape(node)):
+            exact = exact.narrow(d, 0, size)
+        return exact
+
     # -- one node
 
     def _evaluate(self, node: Node, field: Field) -> Held | list[Held] | None:
         exact = self._region.known.at(node)
         if exact is not None:
-            return self._embedded(exact, field)
+            return self._embedded(self._narrow(node, exact), field)
         way = self._region.way(node, field)
         found: Held | list[Held] | None = None
         if node in self.zeroed:
-            return Held(torch.zeros(list(value_of(node).shape), dtype=torch.int64))
+            return Held(torch.zeros(self.shape(node), dtype=torch.int64))
         if way == "rule":
             try:
                 found = RULES[name_of(node)](self, node, field)
@@ -301,9 +337,9 @@ class FieldValues:
             return None
         attribute = getattr(self._region.graph, str(node.target), None) if node.op == "get_attr" else None
         if is_fixed(attribute) and attribute.is_floating_point():
-            return self._embedded(attribute.detach().cpu(), field)
+            return self._embedded(self._narrow(node, attribute.detach().cpu()), field)
         generator = torch.Generator().manual_seed(drawn(self.seed, f"{node.name} modulo {field.order}"))
-        return Held(torch.randint(field.order, list(value.shape), generator=generator))
+        return Held(torch.randint(field.order, self.shape(node), generator=generator))
 
     def _number(self, x: float, field: Field) -> int:
         """A number as a leaf of its own; x, -x, 1 / x as what they are to each other."""

@@ -8,26 +8,34 @@ their derivatives, and one may stand for the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES, ZeroDivisorError
+from attncomp.passes.field_shapes import Label
 from attncomp.passes.field_values import FieldValues, Key, Region, trials
 from attncomp.passes.known_values import KnownValues
-from attncomp.passes.nodes import name_of, value_of
+from attncomp.passes.nodes import arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
-from attncomp.passes.recurrence_pool import Frame, arranged, frames, pool, residues, states, whole
+from attncomp.passes.recurrence_pool import Frame, arranged, frames, pool, residues, states, values_of_rows, whole
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
 from attncomp.passes.recurrences import Read, Recurrence, guesses, run
+from attncomp.passes.region_key import key_of
 from attncomp.passes.site import Missed, Site, State, missed
 from attncomp.passes.value_bounds import bounds
+from attncomp.passes.whole_steps import whole_steps
 from attncomp.variant import Rejection
 
 _WORK = 1 << 28
 """Elements that one evaluation may compute: a few seconds."""
+
+_SMALL = 1 << 24
+"""Elements of what is evaluated whole, where a part of it told nothing."""
 
 _DRAWS = 8
 """Points that are drawn until no divisor is zero."""
@@ -50,18 +58,24 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     known = KnownValues(graph)
     found: list[Site | Missed] = []
     claimed = set(taken)
+    seen: dict[Any, _Known | Rejection | None] = {}
     for place in reversed(candidates):  # what is farther down holds what is above it
         if place.node in claimed:
             continue
-        result = _Search(graph, known, place, claimed).result()
-        if result is None:
-            continue
+        result = _Search(graph, known, place, claimed, seen).result()
+        if result is None or (isinstance(result, Rejection) and not place.stepwise):
+            continue  # the quadratic form, perhaps, which is for others to lift
         found.append(missed("linear", place.node, result) if isinstance(result, Rejection) else result)
         if isinstance(result, Site):
             claimed |= result.covered()
         elif place.stepwise:
             claimed |= ancestors(place.node)  # its steps are no recurrences of their own
     return found[::-1]
+
+
+def in_order(graph: GraphModule, nodes: Iterable[Node]) -> list[Node]:
+    wanted = set(nodes)
+    return [n for n in graph.graph.nodes if n in wanted]
 
 
 def ancestors(node: Node) -> set[Node]:
@@ -76,12 +90,25 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a part of a graph was found to be; output, reads: the places of these nodes in its key."""
+
+    found: Found
+    output: int
+    reads: tuple[int, ...]
+
+
 @dataclass
 class _Search:
     graph: GraphModule
     known: KnownValues
     place: Place
     claimed: set[Node]
+    seen: dict[Any, _Known | Rejection | None]
+    leaves: frozenset[Node] = frozenset()
+    found: Found | None = None
+    extra: Sequence[Node] = ()
 
     def result(self) -> Site | Rejection | None:
         outputs = [n for n in self.place.outputs if self._may(n)]
@@ -91,23 +118,67 @@ class _Search:
         inside = [n for n, _ in region.order]
         if not any(_multiplies_out(n) for n in inside):
             return None
+        leaves = _cuts(inside, outputs)
+        key, places_of = key_of(region, outputs)
+        if key in self.seen:
+            return self._as_before(self.seen[key], places_of)
+        result = self._searched(region, outputs, leaves)
+        if not isinstance(result, Site) and self.place.stepwise:
+            self.extra = whole_steps(self.graph, in_order(self.graph, inside))
+            again = self._searched(region, outputs, leaves) if self.extra else None
+            result = again or result
+        place = {n: i for i, n in enumerate(places_of)}
+        found = self.found if isinstance(result, Site) else None
+        if found is None:
+            self.seen[key] = None if isinstance(result, Site) else result
+        elif all(n in place for n in (found.output, *(r.node for r in found.recurrence.reads))):
+            numbers = [place[r.node] for r in found.recurrence.reads]
+            self.seen[key] = _Known(found, place[found.output], tuple(numbers))
+        return result
+
+    def _as_before(self, known: _Known | Rejection | None, nodes: list[Node]) -> Site | Rejection | None:
+        """What an equal part of the graph was found to be, in this one."""
+        if not isinstance(known, _Known):
+            return known
+        reads = [replace(r, node=nodes[n]) for r, n in zip(known.found.recurrence.reads, known.reads, strict=True)]
+        guess = known.found.recurrence.with_reads(reads)
+        self.leaves = frozenset()
+        output = nodes[known.output]
+        final = self._final(guess, output, known.found.frame.dims)
+        return self._site(Found(guess, output, known.found.frame, final))
+
+    def _searched(self, region: Region, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
+        result: Site | Rejection | None = None
+        if leaves:  # tensors that are taken apart into heads, for themselves: then one head stands for all
+            result = self._among(outputs, leaves)
+        if isinstance(result, Site) or (leaves and region.work() > _SMALL):
+            return result
+        return self._among(outputs, frozenset())
+
+    def _among(self, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
+        region = Region(self.graph, self.known, [*outputs, *self.extra], leaves).narrowed()
         if region.work() > _WORK:
             return Rejection("identity-too-large", f"comparing it takes {region.work():.1e} operations")
-        lengths = {f.length for n in outputs for f in frames(value_of(n).shape)}
+        self.leaves = leaves
+        lengths = {f.length for n in outputs for f in frames(n, region)}
         nodes = {length: whole(region, length) for length in lengths}
         keep = {(n, EXPONENTS if log else VALUES) for found in nodes.values() for n, log in found}
         reason: Rejection | None = None
-        initials: list[Node | None] = [None, *self._initials(inside)]
+        initials: list[Node | None] = [None, *self._initials([n for n, _ in region.order])]
         for initial in initials:
             zeroed = frozenset(() if initial is None else (initial,))
-            of = region if initial is None else Region(self.graph, self.known, outputs, zeroed)
+            of = region
+            if initial is not None:
+                of = Region(self.graph, self.known, [*outputs, *self.extra], leaves | zeroed).narrowed()
             values = _drawn(of, 0, zeroed, keep)
             if values is None:
                 return Rejection("division-by-zero", "a divisor is zero whatever the inputs are")
+            numbers = values.numbers()
             for output in outputs:
-                found = self._found(values, output, nodes, initial)
+                found = self._found(values, of, output, nodes, initial, numbers)
                 made = None if found is None else self._site(found)
                 if isinstance(made, Site):
+                    self.found = found
                     return made
                 reason = reason or made
         if reason is not None:
@@ -124,7 +195,7 @@ class _Search:
             and value.dtype.is_floating_point
             and all(isinstance(s, int) for s in value.shape)
             and 2 <= value.dim() <= 5
-            and any(True for _ in frames(value.shape))
+            and max(value.shape) >= 4
         )
 
     def _initials(self, inside: list[Node]) -> Iterator[Node]:
@@ -142,33 +213,41 @@ class _Search:
     def _found(
         self,
         values: FieldValues,
+        region: Region,
         output: Node,
         nodes: dict[int, list[tuple[Node, bool]]],
         initial: Node | None,
+        numbers: Mapping[int, float],
     ) -> Found | None:
         residue = values.value(output)
         if residue is None:
             return None
-        above = ancestors(output)
-        for frame in frames(value_of(output).shape):
+        above = ancestors(output).union(self.extra, *map(ancestors, self.extra))
+        dtype = value_of(output).dtype
+        for frame in frames(output, region):
             out = arranged(residue, frame.dims, frame)
             if bool((out[:, 0] == 0).all()):
                 continue
-            possible = [(n, log) for n, log in nodes[frame.length] if n in above]
-            parts = pool(values, possible, frame, value_of(output).dtype)
-            for guess in guesses(out, parts):
-                for candidate in _with_initial(guess, initial, frame):
-                    if self._verified(candidate, output, frame):
-                        return Found(candidate, output, frame, self._final(candidate, output, frame))
+            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
+            written = values_of_rows(values, region, possible, frame, dtype)
+            rest = partial(pool, values, region, possible, frame, dtype, numbers)
+            for guess in guesses(out, written, rest):
+                for candidate in _with_initial(guess, initial, frame, region):
+                    if self._verified(candidate, output, frame.dims):
+                        return Found(candidate, output, frame, self._final(candidate, output, frame.dims))
         return None
 
-    def _verified(self, guess: Recurrence, output: Node, frame: Frame) -> bool:
+    def _again(self, guess: Recurrence, wanted: Sequence[Node]) -> tuple[Region, list[Key]]:
+        """The region of a guess and of what it is compared with, and what else is kept of it."""
+        values = [r.node for r in guess.reads if not r.log]
+        logs = [r.node for r in guess.reads if r.log]
+        region = Region(self.graph, self.known, [*wanted, *values], self.leaves, logs).narrowed()
+        return region, [(n, EXPONENTS) for n in logs]
+
+    def _verified(self, guess: Recurrence, output: Node, dims: tuple[int, ...]) -> bool:
         """Whether all rows agree at independent points."""
-        reads = guess.reads
-        region = Region(self.graph, self.known, [output, *(r.node for r in reads if not r.log)])
-        logs = [(r.node, EXPONENTS) for r in reads if r.log]
-        if any(key not in region.reads for key in logs):
-            return False
+        region, logs = self._again(guess, [output])
+        frame = Frame.of(output, region, dims)
         for trial in range(1, 1 + trials(16 * frame.length)):
             values = _drawn(region, trial, frozenset(), logs)
             if values is None:
@@ -179,11 +258,12 @@ class _Search:
                 return False
         return True
 
-    def _final(self, guess: Recurrence, output: Node, frame: Frame) -> State | None:
+    def _final(self, guess: Recurrence, output: Node, dims: tuple[int, ...]) -> State | None:
         """The node that holds the last state, if something else than the output needs one."""
-        wanted = []
         above = ancestors(output) | {output}
-        width = _width(guess)
+        frame_sizes = [int(value_of(output).shape[d]) for d in dims]
+        sizes = sorted(s for s in (*frame_sizes[:-2], frame_sizes[-1], _width(guess)) if s != 1)
+        wanted = []
         for node in self.graph.graph.nodes:
             value = value_of(node)
             if not isinstance(value, torch.Tensor) or name_of(node) not in _MAKES_STATES:
@@ -191,30 +271,24 @@ class _Search:
             if node in above and all(u in above for u in node.users):
                 continue
             static = value.dtype.is_floating_point and all(isinstance(s, int) for s in value.shape)
-            if static and any(True for _ in states(value.shape, frame, width)):
+            if static and sorted(s for s in value.shape if s != 1) == sizes:
                 wanted.append(node)
-        wanted = wanted[-_STATES:]
         if not wanted:
             return None
-        reads = guess.reads
-        region = Region(self.graph, self.known, [*wanted, *(r.node for r in reads if not r.log)])
-        logs = [(r.node, EXPONENTS) for r in reads if r.log]
-        if region.work() > _WORK or any(key not in region.reads for key in logs):
+        region, logs = self._again(guess, [output, *wanted[-_STATES:]])
+        if region.work() > _WORK:
             return None
-        possible = {(n, dims) for n in wanted for dims in states(value_of(n).shape, frame, width)}
+        frame = Frame.of(output, region, dims)
+        width = _label_of_width(guess, region)
+        possible = [(n, d) for n in wanted[-_STATES:] for d in states(n, region, frame, width)]
         for trial in range(1, 1 + trials(16 * frame.length)):
             values = _drawn(region, trial, frozenset(), logs)
-            if values is None:
+            made = None if values is None else _run(guess, values, frame)
+            if values is None or made is None:
                 return None
-            made = _run(guess, values, frame)
-            if made is None:
-                return None
-            for n, dims in list(possible):
-                array = values.value(n)
-                if array is None or not torch.equal(arranged(array, dims, frame), made[1]):
-                    possible.discard((n, dims))
-        first_found = next((x for x in wanted if any(n is x for n, _ in possible)), None)
-        return None if first_found is None else State(first_found, next(d for n, d in possible if n is first_found))
+            arrays = [(n, d, values.value(n)) for n, d in possible]
+            possible = [(n, d) for n, d, a in arrays if a is not None and torch.equal(arranged(a, d, frame), made[1])]
+        return State(*possible[0]) if possible else None
 
     def _site(self, found: Found) -> Site | Rejection:
         decay = found.recurrence.decay
@@ -237,6 +311,24 @@ class _Search:
 _MAKES_STATES = frozenset(
     ("add", "sub", "mul", "matmul", "bmm", "einsum", "baddbmm", "clone", "select", "where", "sum", "addcmul")
 )
+
+
+def _cuts(nodes: list[Node], outputs: list[Node]) -> frozenset[Node]:
+    """Where tensors are taken apart into heads (a last dimension viewed as several), or repeated for groups."""
+    lengths = {int(s) for n in outputs for s in value_of(n).shape[:-1]}
+    found = []
+    for node in nodes:
+        name, value = name_of(node), value_of(node)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        if name == "repeat_interleave":
+            found.append(node)
+        elif name in ("view", "_unsafe_view", "reshape", "unflatten"):
+            before, after = list(value_of(arguments(node)[0]).shape), list(value.shape)
+            rank = len(before)
+            if len(after) > rank and after[: rank - 1] == before[:-1] and before[-1] not in lengths:
+                found.append(node)
+    return frozenset(found)
 
 
 def _multiplies_out(node: Node) -> bool:
@@ -274,11 +366,16 @@ def _width(guess: Recurrence) -> int:
     return 1 if dim is None else int(value_of(guess.k.node).shape[dim])
 
 
-def _with_initial(guess: Recurrence, initial: Node | None, frame: Frame) -> Iterator[Recurrence]:
+def _label_of_width(guess: Recurrence, region: Region) -> Label:
+    dim = guess.k.dims[-1]
+    return ("size", 1) if dim is None else region.labels(guess.k.node)[dim]
+
+
+def _with_initial(guess: Recurrence, initial: Node | None, frame: Frame, region: Region) -> Iterator[Recurrence]:
     if initial is None:
         yield guess
         return
-    for dims in states(value_of(initial).shape, frame, _width(guess)):
+    for dims in states(initial, region, frame, _label_of_width(guess, region)):
         yield Recurrence(
             guess.q, guess.k, guess.v, guess.scale, guess.beta, guess.decay, guess.delta, Read(initial, dims)
         )

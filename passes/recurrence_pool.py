@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from attncomp.passes.field import EXPONENTS, exponential
+from attncomp.passes.field_shapes import Label
 from attncomp.passes.field_values import FieldValues, Region
 from attncomp.passes.nodes import argument, arguments, name_of, value_of
 from attncomp.passes.recurrences import Candidate, Dims, Pool, Read
@@ -23,51 +24,73 @@ _MOST = 48
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """How an output is read: (batch dimensions..., row, width), and their sizes."""
+    """How an output is read: (batch dimensions..., row, width), their sizes, and what they are.
+
+    held: the sizes of the batch dimensions in an evaluation.
+    """
 
     dims: tuple[int, ...]
     batch: tuple[int, ...]
     length: int
     width: int
+    held: tuple[int, ...]
+    labels: tuple[Label, ...]
 
     @property
     def flat(self) -> int:
-        return math.prod(self.batch)
+        return math.prod(self.held)
+
+    @staticmethod
+    def of(node: Node, region: Region, dims: tuple[int, ...]) -> Frame:
+        shape, held, labels = [int(s) for s in value_of(node).shape], region.shape(node), region.labels(node)
+        *batch, row, width = dims
+        return Frame(
+            dims,
+            tuple(shape[d] for d in batch),
+            shape[row],
+            shape[width],
+            tuple(held[d] for d in batch),
+            tuple(labels[d] for d in dims),
+        )
 
 
-def frames(shape: Sequence[int]) -> Iterator[Frame]:
-    """The ways to read an output of this shape, the most likely first: the last dimension as width, many rows."""
+def frames(node: Node, region: Region) -> Iterator[Frame]:
+    """The ways to read an output, the most likely first: the last dimension as width, many rows."""
+    shape, held = [int(s) for s in value_of(node).shape], region.shape(node)
     rank = len(shape)
     for width in reversed(range(rank)):
         for row in sorted(range(rank), key=lambda d: -shape[d]):
-            if row == width or shape[row] < _ROWS or shape[width] < 2:
-                continue
-            batch = tuple(d for d in range(rank) if d not in (row, width))
-            yield Frame((*batch, row, width), tuple(shape[d] for d in batch), shape[row], shape[width])
+            if row != width and shape[row] >= _ROWS and shape[width] >= 2 and held[row] == shape[row]:
+                batch = tuple(d for d in range(rank) if d not in (row, width))
+                yield Frame.of(node, region, (*batch, row, width))
 
 
-def arrangements(shape: Sequence[int], frame: Frame, row: bool, width: int | None) -> Iterator[tuple[Dims, int]]:
-    """Every way to read a shape over (batch..., row, width), with the width it gives.
+def arrangements(labels: Sequence[Label], frame: Frame, row: bool, width: Label | None) -> Iterator[Dims]:
+    """Every way to read dimensions over (batch..., row, width).
 
-    row: it must have a row for each step (else it must have none). width: None lets it have any, 0 none.
+    row: there must be a row for each step (else there must be none). width: what the width is; None lets it be
+    anything, () nothing.
     """
 
-    def assign(d: int, dims: list[int | None]) -> Iterator[tuple[Dims, int]]:
-        if d == len(shape):
-            last = dims[-1]
-            if (dims[-2] is not None) == row and (width == 0 or last is not None):
-                yield tuple(dims), 1 if last is None else shape[last]
+    def assign(d: int, dims: list[int | None]) -> Iterator[Dims]:
+        if d == len(labels):
+            if (dims[-2] is not None) == row and (width == () or dims[-1] is not None):
+                yield tuple(dims)
             return
-        if shape[d] == 1:
+        label = labels[d]
+        if label == _ONE:
             yield from assign(d + 1, dims)
             return
-        fits = [size == shape[d] for size in frame.batch]
-        fits += [row and shape[d] == frame.length, width != 0 and width in (None, shape[d])]
-        for place, fit in enumerate(fits):
+        fits = [own == label for own in frame.labels[:-2]]
+        fits += [row and label == frame.labels[-2], width != () and width in (None, label)]
+        for place, fit in enumerate(fits):  # batch axes, row, width
             if fit and dims[place] is None:
                 yield from assign(d + 1, [*dims[:place], d, *dims[place + 1 :]])
 
-    yield from assign(0, [None] * (len(frame.batch) + 2))
+    yield from assign(0, [None] * len(frame.labels))
+
+
+_ONE: Label = ("size", 1)
 
 
 def arranged(array: torch.Tensor, dims: Dims, frame: Frame) -> torch.Tensor:
@@ -81,7 +104,7 @@ def arranged(array: torch.Tensor, dims: Dims, frame: Frame) -> torch.Tensor:
     for place, dim in enumerate(dims):
         if dim is None:
             array = array.unsqueeze(place)
-    array = array.expand([*frame.batch, *array.shape[-2:]])
+    array = array.expand([*frame.held, *array.shape[-2:]])
     return array.reshape(frame.flat, *array.shape[-2:])
 
 
@@ -121,12 +144,18 @@ def _is_step(node: Node, length: int) -> bool:
     return not (isinstance(after, torch.Tensor) and after.dim() == before.dim() and after.shape[dim] == length)
 
 
-def pool(values: FieldValues, nodes: Sequence[tuple[Node, bool]], frame: Frame, dtype: torch.dtype) -> Pool:
+def pool(
+    values: FieldValues,
+    region: Region,
+    nodes: Sequence[tuple[Node, bool]],
+    frame: Frame,
+    dtype: torch.dtype,
+    numbers: Mapping[int, float],
+) -> Pool:
     """The candidates among `nodes` for the parts of an output read by `frame`; of equal ones the first of its dtype."""
-    kept: list[Candidate] = []
-    rows: dict[int, list[Candidate]] = {}
+    rows: dict[tuple[int, int], list[Candidate]] = {}
     gates: list[Candidate] = []
-    channels: dict[int, list[Candidate]] = {}
+    channels: dict[tuple[int, int], list[Candidate]] = {}
     seen: dict[tuple[object, ...], tuple[list[Candidate], int]] = {}
 
     def add(to: list[Candidate], kind: str, candidate: Candidate) -> None:
@@ -141,7 +170,7 @@ def pool(values: FieldValues, nodes: Sequence[tuple[Node, bool]], frame: Frame, 
             to.append(candidate)
 
     for node, log in nodes:
-        shape = list(value_of(node).shape)
+        labels = region.labels(node)
         array = values.exponent(node) if log else values.value(node)
         if array is None:
             continue
@@ -150,27 +179,55 @@ def pool(values: FieldValues, nodes: Sequence[tuple[Node, bool]], frame: Frame, 
             found = arranged(of, dims, frame)
             return Candidate(Read(node, dims, log), exponential(found) if log else found)
 
-        for dims, _ in arrangements(shape, frame, True, 0):
+        for dims in arrangements(labels, frame, True, ()):
             add(gates, "gate", candidate(dims, array))
-        for dims, _ in arrangements(shape, frame, False, 0):
+        for dims in arrangements(labels, frame, False, ()):
             add(gates, "constant", candidate(dims, array))
-        for dims, width in arrangements(shape, frame, True, None):
+        for dims in arrangements(labels, frame, True, None):
             found = candidate(dims, array)
+            width = _width(node, dims), found.array.shape[2]
             add(channels.setdefault(width, []), "channel", found)
             if not log:
                 add(rows.setdefault(width, []), "row", found)
-                if width == frame.width:
-                    add(kept, "value", found)
-        for dims, width in arrangements(shape, frame, False, None):
-            add(channels.setdefault(width, []), "constant channel", candidate(dims, array))
-    return Pool(kept, rows, gates, channels, values.numbers())
+        for dims in arrangements(labels, frame, False, None):
+            found = candidate(dims, array)
+            width = _width(node, dims), found.array.shape[2]
+            add(channels.setdefault(width, []), "constant channel", found)
+    return Pool(rows, gates, channels, numbers)
 
 
-def states(shape: Sequence[int], frame: Frame, width: int) -> Iterator[Dims]:
-    """The ways to read a shape as states (batch..., key width, value width)."""
-    batch = len(frame.batch)
-    for dims, _ in arrangements(shape, Frame(frame.dims, frame.batch, width, frame.width), True, frame.width):
-        if all(dims[n] is not None or frame.batch[n] == 1 for n in range(batch)):
+def _width(node: Node, dims: Dims) -> int:
+    assert dims[-1] is not None
+    return int(value_of(node).shape[dims[-1]])
+
+
+def values_of_rows(
+    values: FieldValues, region: Region, nodes: Sequence[tuple[Node, bool]], frame: Frame, dtype: torch.dtype
+) -> list[Candidate]:
+    """What the values of a recurrence may be; of equal ones the first of the output's dtype."""
+    found: dict[tuple[int, ...], Candidate] = {}
+    for node, log in nodes:
+        array = None if log else values.value(node)
+        if array is None:
+            continue
+        for dims in arrangements(region.labels(node), frame, True, frame.labels[-1]):
+            made = Candidate(Read(node, dims), arranged(array, dims, frame))
+            key = tuple(made.array[:, :3].flatten()[:4096].tolist())
+            old = found.get(key)
+            if (old is None and len(found) < _MOST) or (
+                old is not None and value_of(old.read.node).dtype != dtype == value_of(node).dtype
+            ):
+                found[key] = made
+    return list(found.values())
+
+
+def states(node: Node, region: Region, frame: Frame, width: Label) -> Iterator[Dims]:
+    """The ways to read a node as states (batch..., key width, value width); width: what the key width is."""
+    of = Frame(
+        frame.dims, frame.batch, frame.length, frame.width, frame.held, (*frame.labels[:-2], width, frame.labels[-1])
+    )
+    for dims in arrangements(region.labels(node), of, True, frame.labels[-1]):
+        if all(dims[n] is not None or size == 1 for n, size in enumerate(frame.batch)):
             yield dims
 
 
@@ -178,6 +235,9 @@ def residues(values: FieldValues, read: Read, frame: Frame) -> torch.Tensor | No
     """What a part of a recurrence is at another point."""
     array = values.exponent(read.node) if read.log else values.value(read.node)
     if array is None:
+        return None
+    places = zip(read.dims, frame.held, strict=False)
+    if any(d is not None and array.shape[d] != size for d, size in places):
         return None
     found = arranged(array, read.dims, frame)
     return exponential(found) if read.log else found

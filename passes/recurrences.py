@@ -17,7 +17,7 @@ Arrays here are residues: (n, t, width) with the batch flattened to n.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,9 @@ from torch.fx import Node
 from attncomp.passes.field import VALUES
 
 Dims = tuple[int | None, ...]
+
+Width = tuple[int, int]
+"""A width, and that of its residues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,20 @@ class Recurrence:
         decay = self.decay if isinstance(self.decay, Read) else None
         return tuple(r for r in (self.q, self.k, self.v, self.beta, decay, self.initial) if r is not None)
 
+    def with_reads(self, reads: Sequence[Read]) -> Recurrence:
+        """The same recurrence of other tensors, in the order of `reads`."""
+        left = iter(reads)
+        return Recurrence(
+            next(left),
+            next(left),
+            next(left),
+            self.scale,
+            None if self.beta is None else next(left),
+            next(left) if isinstance(self.decay, Read) else self.decay,
+            self.delta,
+            None if self.initial is None else next(left),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -71,15 +88,14 @@ class Candidate:
 class Pool:
     """What a recurrence may be made of.
 
-    rows: by width, tensors with a row for each step; values: those of the output's width. gates: numbers for each step
+    rows: by width, tensors with a row for each step. gates: numbers for each step
     (n, t, 1) or for each batch and head (n, 1, 1). channels: by width, gates for each channel. numbers: residue →
     number.
     """
 
-    values: Sequence[Candidate]
-    rows: Mapping[int, Sequence[Candidate]]
+    rows: Mapping[Width, Sequence[Candidate]]
     gates: Sequence[Candidate]
-    channels: Mapping[int, Sequence[Candidate]]
+    channels: Mapping[Width, Sequence[Candidate]]
     numbers: Mapping[int, float]
 
 
@@ -116,16 +132,21 @@ def run(
     return torch.stack(rows, 1), state
 
 
-def guesses(out: torch.Tensor, pool: Pool) -> Iterator[Recurrence]:
-    """Recurrences whose first two rows are those of `out` (n, t, e), from no initial state."""
+def guesses(out: torch.Tensor, values: Sequence[Candidate], pool: Callable[[], Pool]) -> Iterator[Recurrence]:
+    """Recurrences whose first two rows are those of `out` (n, t, e), from no initial state.
+
+    values: what the values may be. pool: called for the rest, where one of these fits.
+    """
     if out.shape[1] < 2 or out.shape[2] < 2 or bool((out[:, 0] == 0).all()):
         return
-    for v in pool.values:
+    rest: Pool | None = None
+    for v in values:
         found = _weights(out, v.array)
         if found is None:
             continue
-        for width in pool.rows:
-            yield from _of_values(v.read, found, pool, width)
+        rest = rest or pool()
+        for width in rest.rows:
+            yield from _of_values(v.read, found, rest, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +180,7 @@ def _weights(out: torch.Tensor, v: torch.Tensor) -> _Weights | None:
     return _Weights(w, x, y) if torch.equal(again, row) else None
 
 
-def _of_values(v: Read, found: _Weights, pool: Pool, width: int) -> Iterator[Recurrence]:
+def _of_values(v: Read, found: _Weights, pool: Pool, width: Width) -> Iterator[Recurrence]:
     f = VALUES
     n = found.w.shape[0]
     rows = pool.rows[width]
@@ -178,7 +199,8 @@ def _of_values(v: Read, found: _Weights, pool: Pool, width: int) -> Iterator[Rec
         for iq, ik in agree.all(0).nonzero().tolist():
             scale = _number(rest[:, iq, ik], pool)
             if scale is not None:
-                yield from _of_pair(rows[iq], rows[ik], v, scale, beta, found, pool)
+                channels = pool.channels.get(width, ())
+                yield from _of_pair(rows[iq], rows[ik], v, scale, beta, found, pool, channels)
 
 
 def _number(x: torch.Tensor, pool: Pool) -> tuple[float, int] | None:
@@ -197,6 +219,7 @@ def _of_pair(
     beta: Candidate | None,
     found: _Weights,
     pool: Pool,
+    channels: Sequence[Candidate],
 ) -> Iterator[Recurrence]:
     """What the weight x of v_0 in row 1 says of the decay."""
     f = VALUES
@@ -231,7 +254,7 @@ def _of_pair(
             at = gate.array[:, min(1, gate.array.shape[1] - 1), 0].expand(n)
             if torch.equal(at, factor):
                 yield made(gate.read, delta)
-        for channel in pool.channels.get(k.array.shape[2], ()):
+        for channel in channels:
             at = channel.array[:, min(1, channel.array.shape[1] - 1)].expand(n, -1)
             if torch.equal(weight(at, delta), wanted):
                 yield made(channel.read, delta)

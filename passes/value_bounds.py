@@ -149,6 +149,10 @@ def bounds(graph: GraphModule, node: Any, depth: int = _DEPTH) -> Bounds:
         return of(first)
     if name in _WITH_ZERO:
         return of(first).with_(Bounds(0.0, 0.0))
+    if name in ("pad", "constant_pad_nd"):
+        if name == "pad" and argument(node, 2, "mode", "constant") != "constant":
+            return ANY
+        return of(first).with_(of(argument(node, 3 if name == "pad" else 2, "value", None) or 0.0))
     if name in _FIXED:
         return _FIXED[name]
     if name in _INCREASING:
