@@ -30,16 +30,17 @@ PROGRAMS_PER_SM = 3
 
 
 @lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def cut(chunks: int, programs: int, processors: int) -> tuple[int, int]:
-    """(segments, chunks in each but the last) of a sequence: enough of them to fill the device, none without chunks.
+def cut(chunks: int, programs: int, processors: int, each_processor: int = PROGRAMS_PER_SM) -> tuple[int, int]:
+    """(segments, chunks in each but the last) of a sequence: as many as the device runs at once, none without chunks.
 
-    programs: that one segment needs, for all batches, heads and blocks of columns.
+    programs: that one segment needs, for all batches, heads and blocks of columns. each_processor: programs that run
+        at once on one; a few more of them than fit would take as long as twice as many.
     """
-    wanted = -(-PROGRAMS_PER_SM * processors // max(programs, 1))
+    wanted = each_processor * processors // max(programs, 1)
     each = -(-chunks // max(1, min(wanted, chunks // SHORTEST_SEGMENT)))
     return -(-chunks // each), each
 
@@ -109,7 +110,7 @@ class Launcher:
         programs = batch * heads * sweep.y_blocks
         if not chunks * programs:
             return
-        segments, each = cut(chunks, programs, _processors(out.device))
+        segments, each = cut(chunks, programs, processors(out.device))
         tensors: dict[str, Any] = {"out": out, "states": out}  # one segment reads no state
         tensors |= {place: named[t] for place, t in zip(("q", "k", "v"), sweep.tensors, strict=True)}
         for name in ("sums", "row_weight", "delta", *self.pointers):

@@ -156,14 +156,14 @@ def _rowwise(e: Expr, last: Expr) -> bool:
     return not axes_of(bare) - {"b", "h"} and not loads_of(bare)
 
 
-def _factors(e: Expr) -> list[Expr]:
+def factors_of(e: Expr) -> list[Expr]:
     """The factors of a product."""
     if isinstance(e, Op) and e.name == "mul":
-        return [*_factors(e.args[0]), *_factors(e.args[1])]
+        return [*factors_of(e.args[0]), *factors_of(e.args[1])]
     return [e]
 
 
-def _product(factors: list[Expr]) -> Expr:
+def product_of(factors: list[Expr]) -> Expr:
     total: Expr = ONE_F
     for e in factors:
         total = mul(total, e)
@@ -211,14 +211,14 @@ def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate] | Rejection:
     program = rebuild(spec.program, under_causal)
     affine = affine_in_score(program)
     if affine is not None and affine[1] == Const(0.0):
-        factors = _factors(affine[0])
+        factors = factors_of(affine[0])
         moving = [e for e in factors if axes_of(e) & {"i", "j"}]
         load = _difference(moving[0]) if len(moving) == 1 else None
         if load is not None:
             info = spec.tensor(load.tensor)
             if info.falls != load.index.index(J):
                 return Rejection("gate-sign", f"the cumulated gate {load.tensor} is not proven never to grow")
-            return to_float(_product([e for e in factors if e not in moving])), Gate(load, True, cumulated=True)
+            return to_float(product_of([e for e in factors if e not in moving])), Gate(load, True, cumulated=True)
     form = recognise_program(spec)
     if isinstance(form, Rejection):
         return form

@@ -6,17 +6,25 @@ that is learned. `recurrence_form.recognise` says which specs have the form; `do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from attncomp.codegen import recurrence_aten as aten
+from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.ops import attention, attention_and_state, state_dtype
 from attncomp.codegen.recurrence_form import RecurrenceForm, recognise, recognise_form
+from attncomp.codegen.recurrence_kernel_form import KernelForm, kernel_form
 from attncomp.cost import Efficiency, Work
 from attncomp.derivative import derivative
-from attncomp.expr import Expr, loads_of
+from attncomp.expr import Const, Expr, loads_of
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Built, Exactness, Family, Inputs, Offer, Rejection, Request
+
+if TYPE_CHECKING:
+    from attncomp.codegen.recurrence_triton import Launcher
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ATEN_ROWS = {"channel": 16, "token": 64, "head": 64, "none": 64}
@@ -27,6 +35,26 @@ ATEN_LAUNCHES = {"forward": 24, "backward": 90}
 
 # Estimates: the products of a chunk are small, and their results pass through memory.
 ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.2, bandwidth=0.5), "cuda": Efficiency(compute=0.1, bandwidth=0.4)}
+
+
+WIDEST = 128
+SHARED_FOR_LARGE = 200 * 1024
+OPTIONS: dict[str, tuple[int, int]] = {
+    "sweep": (4, 2),
+    "systems": (4, 1),
+    "channels": (4, 1),
+    "value_gradients": (4, 1),
+    "key_gradients": (4, 1),
+    "scan": (4, 1),
+    "back_scan": (4, 1),
+}
+"""num_warps and num_stages of the kernels; ``sweep`` is for all that are not named."""
+
+# Estimates, to be calibrated.
+HALF_EFFICIENCY = Efficiency(compute=0.25, bandwidth=0.7)
+FLOAT_EFFICIENCY = Efficiency(compute=0.06, bandwidth=0.65)
+HOST_LAUNCHES = {"forward": 40, "backward": 120}
+"""Host time of one call in the cost model's launches."""
 
 
 class ChunkedRecurrence:
@@ -50,8 +78,12 @@ class ChunkedRecurrence:
         found = _dtypes(spec) or _derivatives(spec, form)
         if found is not None:
             return found
+        why_not = _not_triton(request, form)
+        if not why_not:
+            tiles = tiles_for(spec, request.hardware.shared_memory)
+            return Offer({"backend": "triton", **tiles}, _triton_work(request, form, tiles), "generated Triton")
         rows = ATEN_ROWS["none" if form.gate is None else form.gate.per]
-        return Offer({"backend": "aten", "chunk": rows}, _aten_work(request, form, rows), "torch operators")
+        return Offer({"backend": "aten", "chunk": rows}, _aten_work(request, form, rows), f"torch operators: {why_not}")
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -61,7 +93,10 @@ class ChunkedRecurrence:
         return attention(plan, inputs)
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        out, state = aten.forward(plan, form_of(plan), inputs)
+        if plan.params["backend"] == "triton":
+            out, state = _launcher(plan).forward(inputs)
+        else:
+            out, state = aten.forward(plan, form_of(plan), inputs)
         if state is None:
             return out, out.new_empty((0,), dtype=torch.float32)
         return out, state.to(state_dtype(plan, inputs.q, inputs.captured)).contiguous()
@@ -75,6 +110,9 @@ class ChunkedRecurrence:
         inputs: Inputs,
         grad_final: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
+        if plan.params["backend"] == "triton":
+            learned = [t.name for t in plan.spec.captured if t.requires_grad]
+            return _launcher(plan).backward(grad_out, grad_final, inputs, learned)
         return aten.backward(plan, form_of(plan), grad_out, grad_final, inputs)
 
 
@@ -88,6 +126,79 @@ def form_of(plan: Plan) -> RecurrenceForm:
     if isinstance(form, Rejection):
         raise ValueError(f"chunked_recurrence was planned for a spec that it rejects: {form}")
     return form
+
+
+def _launcher(plan: Plan) -> Launcher:
+    from attncomp.codegen.recurrence_triton import launcher  # Triton is optional
+
+    return launcher(plan, _forms)
+
+
+def _forms(plan: Plan) -> tuple[RecurrenceForm, KernelForm]:
+    form = form_of(plan)
+    found = kernel_form(plan.spec, form)
+    assert isinstance(found, KernelForm)  # accept has seen to it
+    return form, found
+
+
+def _not_triton(request: Request, form: RecurrenceForm) -> str:
+    """Why the generated kernels do not serve this request; empty if they do."""
+    spec = request.spec
+    if not has_triton():
+        return "the triton package is not installed"
+    if request.device == "cpu" and not interprets():
+        return "on a CPU"
+    if request.device == "cuda" and request.hardware.capability < (8, 0):
+        return "the generated kernels need compute capability 8.0"
+    if spec.dtype == "float64":
+        return "the generated kernels have no float64"
+    for axis in ("h", "d", "e"):
+        size = spec.size(axis)
+        if not isinstance(size, Const) or (axis != "h" and int(size.value) > WIDEST):
+            return f"the generated kernels hold states of fixed width up to {WIDEST}; {axis} is {size}"
+    found = kernel_form(spec, form)
+    return found if isinstance(found, str) else ""
+
+
+def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
+    """Tile sizes and launch options of the generated kernels.
+
+    shared_memory: bytes of a block; 0, of a CPU that interprets the kernels, takes the first.
+    """
+    half = spec.dtype == "bfloat16"
+    large = not shared_memory or shared_memory >= SHARED_FOR_LARGE
+    chunk = (64 if large else 32) if half else (32 if large else 16)
+    block = 64 if half else 32
+    highest = torch.get_float32_matmul_precision() == "highest"
+    precision = "ieee" if spec.dtype != "float32" else "tf32x3" if highest else "tf32"
+    channels = {"channels": 64, "gradient_channels": 64 if half else 32}
+    tiles = {"chunk": chunk, "block_y": block, **channels, "programs": 2}
+    return {**tiles, "precision": precision, "options": OPTIONS}
+
+
+def _triton_work(request: Request, form: RecurrenceForm, tiles: Mapping[str, Any]) -> Work:
+    n, spec = request.hints, request.spec
+    b, h, t, d, e = (n[axis] for axis in ("b", "h", "i", "d", "e"))
+    rows, element, chunk = float(b * h * t), DTYPE_BYTES[spec.dtype], int(tiles["chunk"])
+    channel = form.gate is not None and form.gate.per == "channel"
+    delta = form.erase is not None
+    working = 2 if spec.dtype == "bfloat16" else 4
+    flops = 2.0 * rows * (chunk * (d + e) + 2 * d * e + (delta and 2 * chunk * (d + e) + 3 * d * e))
+    # Inputs and output; keys and values once more for the segments; what is made ahead, written once and read twice.
+    made = (2 + delta) * d * channel + chunk * (channel + delta)
+    traffic = rows * ((3 * d + 3 * e) * element + 3 * made * working + 4 * d * channel)
+    efficiency = FLOAT_EFFICIENCY if spec.dtype == "float32" else HALF_EFFICIENCY
+    rate = {"float32": "tf32", "bfloat16": "bf16", "float16": "tf32"}[spec.dtype]
+    threefold = 3 if tiles["precision"] == "tf32x3" else 1
+
+    def step(flops: float, traffic: float, launches: int) -> Work:
+        return Work(threefold * flops, traffic, launches, 0.0, efficiency.compute, efficiency.bandwidth, rate)
+
+    work = step(flops, traffic, HOST_LAUNCHES["forward"])
+    if spec.training:
+        states = 4 * d * e / chunk * working  # both states of each chunk, written and read
+        work += step(4 * flops, 2 * traffic + rows * (states + 6 * (d + e) * element), HOST_LAUNCHES["backward"])
+    return work
 
 
 def _dtypes(spec: AttentionSpec) -> Rejection | None:

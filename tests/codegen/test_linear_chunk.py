@@ -79,7 +79,7 @@ def interpret(names: list[str]) -> None:
         assert plan.params["backend"] == "triton"
         plan = replace(plan, params={**plan.params, "chunk": 32})
         if options.get("segments"):
-            chunked_linear_triton.cut = lambda chunks, programs, processors: (-(-chunks // 2), 2)
+            chunked_linear_triton.cut = lambda chunks, programs, processors, each_processor=1: (-(-chunks // 2), 2)
         check(spec, captured, plan=plan)
         print(f"right: {name}")
 
