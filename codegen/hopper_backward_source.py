@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attncomp.codegen.render import render
+from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_backward_source import (
     backward_arguments,
     backward_exponent,
@@ -22,7 +23,7 @@ from attncomp.codegen.tiled_backward_source import (
     scale_text,
     score_derivative,
 )
-from attncomp.codegen.tiled_source import Exponent, common_context, program_context
+from attncomp.codegen.tiled_source import Arguments, Described, Exponent, common_context, program_context
 from attncomp.expr import axes_of, loads_of
 from attncomp.plan import Plan
 
@@ -33,6 +34,14 @@ HOPPER_KERNELS = ("keys", "queries")
 def hopper_kernels(plan: Plan) -> tuple[str, ...]:
     """The kernels of a plan that have a tile for Hopper: the parameter ``hopper_`` and their name."""
     return tuple(name for name in HOPPER_KERNELS if f"hopper_{name}" in plan.params)
+
+
+def hopper_backward_arguments(plan: Plan, kernel: str) -> Arguments:
+    """The arguments of a kernel, which differ only in how their descriptors' boxes are cut."""
+    tile = plan.params.get(f"hopper_{kernel}", {"block_n": 0})
+    reads = tile_reads(plan.spec, plan.proof)
+    tiles = tuple(Described(r.descriptor, r.tensor, "block_m", tile["block_n"], r.rank) for r in reads)
+    return backward_arguments(plan, True, tiles)
 
 
 def hopper_backward_source(plan: Plan) -> str:
@@ -48,11 +57,12 @@ def hopper_backward_source(plan: Plan) -> str:
     learned = learned_reads(spec, spec.program, "p")
     functions: set[str] = set()
     kernels: dict[str, Any] = dict.fromkeys(HOPPER_KERNELS)
+    reads = tile_reads(spec, plan.proof)
     reads_by_pair = any({"i", "j"} <= axes_of(load) for load in loads_of(spec.program))
     for name in hopper_kernels(plan):
         tile = plan.params[f"hopper_{name}"]
         context = keys_context if name == "keys" else queries_context
-        kernels[name] = context(plan, exponent, slope, learned, functions, tile)
+        kernels[name] = context(plan, exponent, slope, learned, functions, tile, {r.load: r.tile for r in reads})
         kernels[name] |= {"warps": tile["num_warps"], "stages": tile["num_stages"], "held": bool(tile.get("held"))}
         kernels[name]["apart"] = _has_edges_apart(kernels[name])
         kernels[name]["early"] = not kernels[name]["apart"] or reads_by_pair
@@ -62,7 +72,8 @@ def hopper_backward_source(plan: Plan) -> str:
         **kernels,
         descriptors=True,
         dtype=spec.dtype,
-        arguments=backward_arguments(plan, True).names,
+        arguments=hopper_backward_arguments(plan, HOPPER_KERNELS[0]).names,
+        reads=reads,
         functions=functions,
         program=program_context(exponent),
         spread=has_spread(spec),

@@ -12,8 +12,10 @@ from attncomp.codegen.data_bounds import bound_texts, data_bounds
 from attncomp.codegen.printer import Level, Printer
 from attncomp.codegen.render import render
 from attncomp.codegen.spans import KEY_SPANS, span_reads, span_texts, uses_spans
+from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_source import (
     Arguments,
+    Described,
     arguments_of,
     at,
     body_context,
@@ -35,7 +37,10 @@ _RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "k_full", "k_free
 
 def hopper_arguments(plan: Plan) -> Arguments:
     """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and `Schedule.near`."""
-    found = arguments_of(plan, ("q", "k", "v", "out", "stat"), ("q", "k", "v"), ("NB", "NEAR"), descriptors=True)
+    own, tile = ("q", "k", "v", "out", "stat"), plan.params["hopper"]
+    reads = tile_reads(plan.spec, plan.proof)
+    tiles = tuple(Described(r.descriptor, r.tensor, "rows", tile["block_n"], r.rank) for r in reads)
+    found = arguments_of(plan, own, own[:3], ("NB", "NEAR"), descriptors=True, tiles=tiles)
     described = tuple(replace(d, rows="rows") if d.tensor == "q" else d for d in found.described)
     return replace(found, described=described)
 
@@ -78,6 +83,8 @@ def hopper_source(plan: Plan) -> str:
         roots=[exponent.program, *mask, proof.residual, *(() if sink is None else (sink,))],
         language="gl",
     )
+    reads = tile_reads(spec, proof)
+    printer.tiles = {r.load: r.tile for r in reads}
     sink_text = None if sink is None else printer.value(sink)
     inner = printer.inner(inside={"i": "i_in"})
     edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
@@ -94,7 +101,9 @@ def hopper_source(plan: Plan) -> str:
         language="gl",
         described=described,
         arguments=list(arguments.names[len(described) :]),
-        rings=list(_RINGS),
+        rings=[*_RINGS, *(f"{r.tensor}_tiles" for r in reads)],
+        reads=reads,
+        through_q=bool(reads) and spec.size("d") == spec.size("e"),
         block_m=tile["block_m"],
         block_n=tile["block_n"],
         rows=tile["rows"],

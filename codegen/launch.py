@@ -172,15 +172,15 @@ def describable(tensor: torch.Tensor) -> bool:
 
 
 class Boxes:
-    """Tensor descriptors over (1, 1, rows, width) boxes of tensors with four dimensions that are `describable`.
+    """Tensor descriptors over (1, ..., rows, width) boxes of tensors with `rank` dimensions that are `describable`.
 
     gluon: for a kernel in Gluon, whose descriptors say how a box lies in shared memory.
     """
 
     __slots__ = ("_block", "_first", "_gluon", "_type")
 
-    def __init__(self, rows: int, width: int, gluon: bool = False) -> None:
-        self._block = [1, 1, rows, width]
+    def __init__(self, rows: int, width: int, gluon: bool = False, rank: int = 4) -> None:
+        self._block = [*[1] * (rank - 2), rows, width]
         self._gluon = gluon
         self._type: Any = None
         self._first: dict[str, Any] = {}

@@ -113,6 +113,8 @@ class Printer:
         self.language = language
         self.functions: set[str] = set()
         self.aside: Aside | None = None
+        self.tiles: Mapping[Expr, str] = {}
+        """Reads that the innermost level has as tiles, by name."""
         self._states = [_State() for _ in self.levels]
         self._symbols = {name: symbol_argument(n) for n, name in enumerate(spec.symbols)}
         self._extents = {a: s if isinstance(s, Const) else Const(LONGEST) for a, s in spec.extents.items()}
@@ -174,6 +176,8 @@ class Printer:
             return (self.inside.get(e.name, self.axes[e.name]) if inside else self.axes[e.name]), level
         if isinstance(e, Score):
             return "s", level
+        if e in self.tiles:
+            return self.tiles[e], level
         known = self._states[level].known.get((e, inside))
         if known is not None:
             return known, level

@@ -19,6 +19,7 @@ from attncomp.codegen.spans import KEY_SPANS, QUERY_SPANS, span_reads, span_text
 from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tiled_source import (
     Arguments,
+    Described,
     Exponent,
     arguments_of,
     at,
@@ -135,8 +136,9 @@ def gradient_stride(tensor: str, dim: int) -> str:
     return f"g{tensor}_{dim}"
 
 
-def backward_arguments(plan: Plan, descriptors: bool = False) -> Arguments:
-    """The arguments of every backward kernel. ``gc0`` is the gradient of ``c0``; NB is the batch size."""
+def backward_arguments(plan: Plan, descriptors: bool = False, tiles: tuple[Described, ...] = ()) -> Arguments:
+    """The arguments of every backward kernel. ``gc0`` is the gradient of ``c0``; NB is the batch size. tiles: as
+    `arguments_of`'s."""
     spec = plan.spec
     learned = learned_tensors(spec)
     own = ("q", "k", "v", "out", "grad", "stat", "delta", "shifts", "spreads", "dq", "dk", "dv")
@@ -146,6 +148,7 @@ def backward_arguments(plan: Plan, descriptors: bool = False) -> Arguments:
         ("q", "k", "v", "out", "grad"),
         ("NB",),
         descriptors=descriptors,
+        tiles=tiles,
     )
     strides = [
         (f"g{name}", dim, gradient_stride(name, dim))
@@ -203,7 +206,7 @@ _NAMES = ("b", "h", "i", "j", "i_first", "i_last", "j_first", "j_last", "i_middl
 
 
 def _printer(
-    plan: Plan, levels: tuple[Level, ...], roots: Iterable[Expr], functions: set[str], **placing: dict[str, str]
+    plan: Plan, levels: tuple[Level, ...], roots: Iterable[Expr], functions: set[str], **placing: Any
 ) -> Printer:
     printer = Printer(
         plan.spec,
@@ -215,6 +218,7 @@ def _printer(
         roots=roots,
     )
     printer.functions = functions
+    printer.tiles = dict(placing.get("tiles") or {})
     return printer
 
 
@@ -350,15 +354,16 @@ def queries_context(
     learned: tuple[Learned, ...],
     functions: set[str],
     tile: Mapping[str, int],
+    tiles: Mapping[Expr, str] | None = None,
 ) -> dict[str, Any]:
     """What ``queries`` is rendered with. Of the learned reads it takes those that no key has a part in, and those of an
-    element for each pair."""
+    element for each pair. tiles: names of reads that the kernel has as tiles."""
     proof = plan.proof
     learned, stored = tuple(x for x in learned if "j" not in x.axes), stored_reads(plan.spec)
     ranges = [at(e, alias) for e in (proof.key_lo, proof.key_hi) for alias in ("i_first", "i_last")]
     data = uses_spans(plan)
     roots = [*_roots(plan, exponent, slope, learned), *ranges, *_ends(plan, KEY_SPANS)]
-    printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"})
+    printer = _printer(plan, _QUERY_LEVELS, roots, functions, inside={"i": "i_in"}, tiles=tiles)
     low, inner_low, inner_high, high = (printer.value(e) for e in ranges)
     spanned: list[str] = []
     if data:
@@ -366,8 +371,6 @@ def queries_context(
         spanned = [f"(j_first >= {spans.whole_first})", f"(j_last < {spans.whole_last})"]
         low, inner_low, inner_high, high = narrowed(spans, low, inner_low, inner_high, high)
     items = [_item(printer, x, "i") for x in learned]
-    pairs = printer.inner()
-    pairs.axes = {**pairs.axes, "i": "pair_i", "j": "pair_j"}
     blocks = _blocks(tile)
     length = static_length(plan.spec, "j")
     whole = proof.key_hi == plan.spec.size("j") and length is not None and length % blocks["block_n"] == 0
@@ -380,7 +383,7 @@ def queries_context(
         "inner_low": inner_low,
         "inner_high": inner_high,
         "learned": items,
-        "stored": [_item(pairs, x, "i") for x in stored],
+        "stored": [_item(printer.inner(), x, "i") for x in stored],
         "inner_body": _body(
             printer.inner(inside={"i": "i_in"}), plan, exponent, slope, (*learned, *stored), ranges=False, tests=rows
         ),
@@ -415,6 +418,7 @@ def keys_context(
     learned: tuple[Learned, ...],
     functions: set[str],
     tile: Mapping[str, int],
+    tiles: Mapping[Expr, str] | None = None,
 ) -> dict[str, Any]:
     """What ``keys`` is rendered with. Of the learned reads it takes those by key."""
     spec, proof = plan.spec, plan.proof
@@ -428,7 +432,7 @@ def keys_context(
     data = uses_spans(plan)
     roots = [*_roots(plan, exponent, slope, learned), *ranges, *_ends(plan, QUERY_SPANS)]
     masks = {"j": "j_ok"}
-    printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks)
+    printer = _printer(plan, levels, roots, functions, inside={"j": "j_in"}, masks=masks, tiles=tiles)
     low, high = (printer.value(e) for e in ranges)
     items = [_item(printer, x, "j") for x in learned]
     blocks = _blocks(tile)

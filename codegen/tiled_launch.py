@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from attncomp.codegen.compile import interprets, kernel_module
-from attncomp.codegen.hopper_backward_source import hopper_backward_source, hopper_kernels
+from attncomp.codegen.hopper_backward_source import (
+    hopper_backward_arguments,
+    hopper_backward_source,
+    hopper_kernels,
+)
 from attncomp.codegen.hopper_schedule import schedule
 from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
 from attncomp.codegen.tabulate import at_distance
+from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_backward_source import (
     backward_arguments,
     backward_source,
@@ -49,7 +54,7 @@ class Kernel:
     def __init__(self, function: Any, arguments: Arguments, tile: Mapping[str, int], gluon: bool = False) -> None:
         self._launch = Launch(function, tile["num_warps"], tile["num_stages"])
         self._arguments = arguments
-        self._boxes = [(d.tensor, Boxes(tile[d.rows], d.width, gluon)) for d in arguments.described]
+        self._boxes = [(d.tensor, Boxes(tile[d.rows], d.width, gluon, d.rank)) for d in arguments.described]
         self._strides = [(t, dim) for t, dim, _ in arguments.strides]
         self.block_m = tile["block_m"]
         self.block_n = tile["block_n"]
@@ -82,7 +87,8 @@ class Launcher:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._key = {"plan": plan.digest}
-        self._kernels: dict[tuple[str, bool], dict[str, Kernel]] = {}
+        self._reads = [r.tensor for r in tile_reads(plan.spec, plan.proof)]
+        self._kernels: dict[tuple[str, bool, bool], dict[str, Kernel]] = {}
 
     def _load(self, direction: str, named: Mapping[str, torch.Tensor]) -> dict[str, Kernel]:
         """The kernels of the forward or the backward pass, in the form that suits how the tensors lie in memory."""
@@ -90,14 +96,17 @@ class Launcher:
         descriptors = bool(self.plan.params["descriptors"]) and all(
             named[t].shape[0] == batch and describable(named[t]) for t in DESCRIBED if t in named
         )
-        loaded = self._kernels.get((direction, descriptors))
+        # The kernels for Hopper want descriptors of all that they read in tiles.
+        hopper = descriptors and all(describable(named[t]) for t in self._reads)
+        form = (direction, descriptors, hopper)
+        loaded = self._kernels.get(form)
         if loaded is None:
-            loaded = self._kernels[direction, descriptors] = self._build(direction, descriptors)
+            loaded = self._kernels[form] = self._build(*form)
         return loaded
 
-    def _build(self, direction: str, descriptors: bool) -> dict[str, Kernel]:
+    def _build(self, direction: str, descriptors: bool, hopper: bool) -> dict[str, Kernel]:
         plan = self.plan
-        if direction == "forward" and descriptors and "hopper" in plan.params and not interprets():
+        if direction == "forward" and hopper and "hopper" in plan.params and not interprets():
             name = f"tiled forward for Hopper, {plan.proof.text}"
             module = kernel_module(hopper_source(plan), name=name, variant="tiled", key=self._key)
             return {"forward": Kernel(module.forward, hopper_arguments(plan), plan.params["hopper"], gluon=True)}
@@ -113,10 +122,11 @@ class Launcher:
         module = kernel_module(source(plan, descriptors), name=name, variant="tiled", key=self._key)
         taken = arguments(plan, descriptors)
         made = {kernel: Kernel(getattr(module, kernel), taken, plan.params[tile]) for kernel, tile in tiles.items()}
-        if direction == "backward" and descriptors and hopper_kernels(plan):
+        if direction == "backward" and hopper and hopper_kernels(plan):
             name += ", for Hopper"
             module = kernel_module(hopper_backward_source(plan), name=name, variant="tiled", key=self._key)
             for kernel in hopper_kernels(plan):
+                taken = hopper_backward_arguments(plan, kernel)
                 made[kernel] = Kernel(getattr(module, kernel), taken, plan.params[f"hopper_{kernel}"], gluon=True)
         return made
 

@@ -135,12 +135,14 @@ def _outside_loop(e: Expr) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """An argument that is a tensor descriptor: boxes of `rows` (a block of the tile) by `width` of `tensor`."""
+    """An argument that is a tensor descriptor: boxes of `rows` (a block of the tile) by `width` of `tensor`, which has
+    `rank` dimensions."""
 
     name: str
     tensor: str
     rows: str
     width: int
+    rank: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +177,23 @@ DESCRIBED = ("q", "k", "v", "grad")
 
 
 def arguments_of(
-    plan: Plan, own: tuple[str, ...], strided: tuple[str, ...], more: tuple[str, ...] = (), *, descriptors: bool
+    plan: Plan,
+    own: tuple[str, ...],
+    strided: tuple[str, ...],
+    more: tuple[str, ...] = (),
+    *,
+    descriptors: bool,
+    tiles: tuple[Described, ...] = (),
 ) -> Arguments:
     """Arguments of a kernel that works on the tensors `own` and on all captured ones that the plan reads.
 
     strided: those among `own` that have strides of their own; the others are contiguous. more: further lengths.
+    tiles: of the captured ones, those that are read through descriptors alone.
     """
     spec = plan.spec
     spans = (KEY_SPANS, *((QUERY_SPANS,) if "grad" in own else ())) if uses_spans(plan) else ()
     read = {load.tensor for e in kernel_expressions(plan) for load in loads_of(e)} | set(spans)
+    read -= {d.tensor for d in tiles}
     captured = tuple(t for t in spec.captured if t.name in read)
     drops = (SEED,) if dropped_below(spec) else ()
     by_descriptor = tuple(t for t in own if descriptors and t in DESCRIBED)
@@ -200,7 +210,7 @@ def arguments_of(
     tensors = (*(t for t in own if t not in by_descriptor), *(t.name for t in captured), *drops)
     if "when" in plan.params:
         tensors = (*tensors, HOLDS)
-    return Arguments(described, tensors, tuple(strides), (*lengths, *more), tuple(range(len(spec.symbols))))
+    return Arguments((*described, *tiles), tensors, tuple(strides), (*lengths, *more), tuple(range(len(spec.symbols))))
 
 
 def kernel_expressions(plan: Plan) -> tuple[Expr, ...]:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_source import exponent_of, width_parts
 from attncomp.cost import Work
-from attncomp.expr import TRUE, ZERO, Const, Expr, Load, Op, Score, Size, axes_of, contains, substitute, walk
+from attncomp.expr import (
+    TRUE,
+    ZERO,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Score,
+    Size,
+    axes_of,
+    contains,
+    loads_of,
+    substitute,
+    walk,
+)
 from attncomp.hardware import Hardware
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec, I
@@ -89,9 +104,10 @@ def hopper_backward_tiles(spec: AttentionSpec, hardware: Hardware) -> dict[str, 
     return {"hopper_keys": tile, "hopper_queries": queries}
 
 
-def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> Tile | None:
+def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware, *, spans: bool = False) -> Tile | None:
     """The tile of the forward kernel for Hopper, or None where the plain one serves: another device, dtype, width or
-    normaliser, few queries, tensors that are read for each pair, dropout, and what is as fast plainly.
+    normaliser, few queries, tensors that are read for each pair other than by tiles, dropout, and what is as fast
+    plainly. spans: data says which keys are visited.
 
     rows: queries of one group of warps; `block_m` are those of a program.
     """
@@ -102,15 +118,23 @@ def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> Ti
         return None
     if isinstance(queries, Const) and queries.value <= _ROWS:  # half of the warps would have nothing to do
         return None
-    if element_loads(spec, proof) > 0:  # they come better through shared memory
-        return None
     wide = Const(128) in widths
+    reads = tile_reads(spec, proof)
+    if element_loads(spec, proof) > 0 and not (reads and wide):
+        # What comes by threads comes better through shared memory. By tiles, a bias in 16 bits took 0.282 ms on an H100
+        # where the plain kernel took 0.382, at width 128; at 64 it took 0.240 and 0.239.
+        return None
     if not wide and proof.residual == TRUE and has_even_tiles(spec, proof) and exponent_of(spec).scale is not None:
         # Bound by exponentials, which several small programs on a multiprocessor keep as busy: on an H100 0.160 ms and
         # 0.163 at 4k without a mask, but 2.59 and 2.36 at 16k.
         return None
-    # Longer programs want registers: on an H100 a softcap at width 128 took 0.194 ms with 64 keys, 0.232 with 128.
-    keys, stages = (64, 4) if wide and special_functions(spec) > 2 else (128, 2)
+    # Longer programs want registers: on an H100 a softcap at width 128 took 0.194 ms with 64 keys, 0.232 with 128. So
+    # do masks that compare what is read of queries and of keys (documents of 1k in 4k tokens: 0.090 and 0.115 ms,
+    # plainly 0.099; of 512 in 32k: 0.44 and 0.68; at width 64 with 128 keys 0.073, plainly 0.065).
+    compared = any("i" in axes_of(n) for n in loads_of(proof.residual))
+    if spans and compared and not wide:
+        return None
+    keys, stages = (64, 4) if wide and (special_functions(spec) > 2 or compared) else (128, 2)
     return {"block_m": 2 * _ROWS, "rows": _ROWS, "block_n": keys, "num_warps": 4, "num_stages": stages}
 
 

@@ -80,7 +80,7 @@ class Tiled:
             params |= tiles
         if has_spans(request):
             params["spans"] = True
-        hopper = hopper_tile(request.spec, request.proof, request.hardware)
+        hopper = hopper_tile(request.spec, request.proof, request.hardware, spans="spans" in params)
         if hopper is not None and params["descriptors"]:
             params["hopper"] = hopper  # the plain tile stays beside it, for tensors that have no descriptors
             tiles = {**tiles, "forward": hopper}

@@ -86,6 +86,9 @@ class Turned:
     def __init__(self, place: Place) -> None:
         self.place = place
 
+    def load(self, layout: Any) -> Any:
+        return real.trans(self.place.load(layout))
+
     @property
     def value(self) -> Any:
         return None if self.place.value is None else real.trans(self.place.value)
