@@ -206,7 +206,7 @@ def _gate(decay: Expr) -> Gate | None:
     return Gate(to_float(e), log) if captured and _rowwise(e, D) else None
 
 
-def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate] | Rejection:
+def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate | None] | Rejection:
     """(scale, gate) of a program without a transition."""
     program = rebuild(spec.program, under_causal)
     affine = affine_in_score(program)
@@ -222,9 +222,13 @@ def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate] | Rejection:
     form = recognise_program(spec)
     if isinstance(form, Rejection):
         return form
-    learned = {t.name for t in spec.captured if t.requires_grad}
-    if form.log_decay is None or not learned & set(form.captured):
+    learned = any(t.requires_grad for t in spec.captured)
+    q, k, v = spec.tensors[:3]
+    whole = k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0]
+    if spec.group is not None and whole and not learned:
         return Rejection("constant-decay", "a decay that is not learned is what chunked_linear computes")
+    if form.log_decay is None:
+        return form.scale, None
     if form.alternates is None:
         return form.scale, Gate(form.log_decay, True)
     base = form.alternates.args[0] if isinstance(form.alternates, Op) else None

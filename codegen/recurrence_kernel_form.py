@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from attncomp.codegen.recurrence_form import ONE_F, RecurrenceForm, factors_of, group_of, product_of
-from attncomp.expr import ONE, Const, Expr, Load, axes_of, loads_of, op
+from attncomp.expr import ONE, Const, Expr, Load, Op, add, axes_of, loads_of, minimum, op, sub
 from attncomp.spec import AttentionSpec
+
+ZERO_F = Const(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,8 @@ def kernel_form(spec: AttentionSpec, form: RecurrenceForm) -> KernelForm | str:
     gate = form.gate
     log: Expr | None = None
     if gate is not None:
-        if gate.log:
-            log = gate.expr
-        elif isinstance(gate.expr, Const) and float(gate.expr.value) > 0:
-            log = op("log", gate.expr)
-        else:
+        log = gate.expr if gate.log else logarithm(gate.expr)
+        if log is None:
             return "the gates are factors, whose sign only the run knows"
         if gate.per == "channel" and any(group_of(x) > 1 for x in loads_of(log)):
             return "gates are grouped"
@@ -84,6 +84,25 @@ def kernel_form(spec: AttentionSpec, form: RecurrenceForm) -> KernelForm | str:
         "none" if gate is None else "channel" if gate.per == "channel" else "token"
     )
     return KernelForm(per, log, gate is not None and gate.cumulated, beta, weighted, weight, form.scale, group)
+
+
+def logarithm(e: Expr) -> Expr | None:
+    """log e of a gate that is positive by what it is made of, without a loss near 0 or 1; None for any other."""
+    if isinstance(e, Const):
+        return Const(math.log(float(e.value))) if float(e.value) > 0 else None
+    if not isinstance(e, Op):
+        return None
+    if e.name == "exp":
+        return e.args[0]
+    if e.name == "sigmoid":  # min(x, 0) - log(1 + exp(-|x|))
+        x = e.args[0]
+        return sub(minimum(x, ZERO_F), op("log", add(ONE_F, op("exp", op("neg", op("abs", x))))))
+    if e.name == "sub" and e.args[0] == ONE_F and isinstance(e.args[1], Op) and e.args[1].name == "sigmoid":
+        return logarithm(op("sigmoid", op("neg", e.args[1].args[0])))
+    if e.name == "mul":
+        parts = [logarithm(x) for x in e.args]
+        return None if None in parts else add(*(x for x in parts if x is not None))
+    return None
 
 
 def _named(e: Expr) -> list[Expr]:

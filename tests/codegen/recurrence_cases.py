@@ -49,6 +49,8 @@ def _drawn(kind: str, shape: tuple[int, ...], draw: Any) -> Tensor:
         return torch.where(x > 1.2, 0.0, torch.where(x < -1.0, -0.8, torch.sigmoid(x + 2)))
     if kind == "sum":
         return F.logsigmoid(x + 2).cumsum(-1)
+    if kind == "wide":  # of sigmoids: from closed to open
+        return 30 * x
     if kind == "beta":
         return torch.sigmoid(x)
     return 0.3 * x
@@ -181,6 +183,19 @@ def make_case(name: str, **more: Any) -> Case:
         kind = {"token": "log", "channel": "log", "factors": "factor"}.get(kind, kind)
         decay = (FACTORS if wide else FACTOR) if factor else (CHANNEL if wide else LOG)
         return Case(recurrence_spec(Transition(decay), {"c0": "bhjd" if wide else "bhj"}, **more), (kind,))
+    if name in ("sigmoid", "sigmoid channel", "closing sigmoid channel"):
+        load = FACTORS if "channel" in name else FACTOR
+        decay = op("sigmoid", load) if "closing" not in name else sub(Const(1.0), op("sigmoid", load))
+        return Case(
+            recurrence_spec(Transition(decay), {"c0": "bhjd" if "channel" in name else "bhj"}, **more), ("wide",)
+        )
+    if name == "weighted values, constant decay":
+        program = mul(S, op("pow", Const(0.9), to_float(op("maximum", sub(I, J), ZERO))))
+        spec = recurrence_spec(None, {"c0": "bhj"}, program=program, **more)
+        return Case(replace(spec, value=mul(FACTOR, spec.value)), ("beta",))
+    if name == "weighted values, no decay":
+        spec = recurrence_spec(None, {"c0": "bhj"}, program=S, **more)
+        return Case(replace(spec, value=mul(FACTOR, spec.value)), ("beta",))
     if name == "constant":
         return Case(recurrence_spec(Transition(Load("c0", (H,))), {"c0": "h"}, **more), ("factor",))
     if name == "gate over the batch":
@@ -243,7 +258,8 @@ NAMES = (
     "gated delta of two tensors", "gated delta", "gated delta with states", "channel delta",
     "channel delta with states",
     "strong delta", "strong channel delta", "off delta", "factor delta", "factors delta", "signed delta", "cumulated",
-    "cumulated sum", "learned decay", "learned base", "learned decay and scale",
+    "cumulated sum", "learned decay", "learned base", "learned decay and scale", "sigmoid", "sigmoid channel", "closing sigmoid channel",
+    "weighted values, constant decay", "weighted values, no decay",
 )  # fmt: skip
 
 
