@@ -79,7 +79,7 @@ def recognise(spec: AttentionSpec, proof: MaskProof) -> RecurrenceForm | Rejecti
     """The canonical form of `spec`, or why it has none.
 
     Codes: those of `linear_form.recognise`; ``constant-decay`` (it has a variant of its own), ``gate-sign``,
-    ``gate-form``, ``erase-form``, ``value-form``, ``initial-form``, ``normalised-transition``.
+    ``gate-form``, ``erase-form``, ``initial-form``, ``normalised-transition``.
     """
     form = recognise_form(spec)
     if isinstance(form, Rejection) and form.code == "softmax":

@@ -258,7 +258,8 @@ NAMES = (
     "gated delta of two tensors", "gated delta", "gated delta with states", "channel delta",
     "channel delta with states",
     "strong delta", "strong channel delta", "off delta", "factor delta", "factors delta", "signed delta", "cumulated",
-    "cumulated sum", "learned decay", "learned base", "learned decay and scale", "sigmoid", "sigmoid channel", "closing sigmoid channel",
+    "cumulated sum", "learned decay", "learned base", "learned decay and scale",
+    "sigmoid", "sigmoid channel", "closing sigmoid channel",
     "weighted values, constant decay", "weighted values, no decay",
 )  # fmt: skip
 
