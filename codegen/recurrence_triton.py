@@ -34,6 +34,7 @@ class Call:
         plan, shape = launcher.plan, launcher.shape
         q, k, v = inputs[:3]
         self.site = Site.of(plan, inputs)
+        self.captured = inputs.captured
         self.batch, self.heads, self.length, _ = q.shape
         self.chunks = -(-self.length // shape.chunk)
         self.device = q.device
@@ -115,6 +116,11 @@ class Launcher:
             if name in self.shape.present and isinstance(e, Load) and group_of(e) == 1
         }
 
+        # The initial state's tensor, where it has all batches and heads.
+        initial = whole.initial
+        all_of_it = initial is not None and [str(a) for a in initial.index] == list("bhde")
+        self._initial = names.index(initial.tensor) if initial is not None and all_of_it else None
+
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,10 +148,12 @@ class Launcher:
         given = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
         for name, index in self._plain.items():
             given[name] = inputs.captured[index]
+        if self._initial is not None:
+            given["carried"] = inputs.captured[self._initial]
         return given
 
     def _keep(self, call: Call, inputs: Inputs, key: tuple[object, ...]) -> None:
-        if call.record.complete and self.whole.initial is None:
+        if call.record.complete:
             if len(self._recipes) >= _RECIPES:
                 self._recipes.clear()
             kind = (*key, *kind_of(self._given(inputs).values()))
@@ -215,13 +223,26 @@ class Launcher:
     def _carry(self, call: Call) -> int:
         """The state in front of each segment; returns whether there is one in front of the first."""
         shape, rows = self.shape, call.batch * call.heads
-        carried = call.room("carried", rows, call.segments, shape.bx, shape.be)
         starts = int(self.whole.initial is not None)
+        given = self._initial_itself(call.captured) if call.segments == 1 else None
+        if given is not None:  # decoding: nothing is copied
+            call.give("carried", given)
+            return starts
+        carried = call.room("carried", rows, call.segments, shape.bx, shape.be)
         if starts:
             _place(carried[:, 0], self._start(call))
+            call.record.complete = False
         if call.segments > 1:
             self._scan("scan", call, starts)
         return starts
+
+    def _initial_itself(self, captured: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The initial state's tensor, where it lies in memory as the kernels take it."""
+        if self._initial is None:
+            return None
+        found = captured[self._initial]
+        fits = found.dtype == torch.float32 and found.is_contiguous()
+        return found if fits and found.shape[2:] == (self.shape.bx, self.shape.be) else None
 
     def _scan(self, kernel: str, call: Call, starts: int) -> None:
         shape = self.shape

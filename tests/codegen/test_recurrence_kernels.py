@@ -56,6 +56,7 @@ INTERPRETED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "gates that are sigmoids": ("closing sigmoid channel", True, {"length": 40}),
     "weighted values and a constant decay": ("weighted values, constant decay", False, {}),
     "weighted values without a decay": ("weighted values, no decay", True, {}),
+    "one step from a state that lies as it is read": ("gated delta with states", False, {"length": 1, "width": 64}),
     "the delta rule": ("delta", True, {"heads": 4, "kv_heads": 1}),
     "the gated delta rule": ("gated delta with states", True, {}),
     "strong gates and the delta rule": ("strong delta", False, {}),
@@ -184,3 +185,22 @@ def test_kernels_are_right_on_the_gpu(name: str, dtype: str, width: int) -> None
             for n, (g, w) in enumerate(zip(grads, expected, strict=True)):
                 # A gate that closes for good has a gradient of sums that nearly cancel.
                 assert relative(g, w) < (limit if n < 3 else 10 * limit), n
+
+
+def nan_gate(name: str) -> dict[str, float]:
+    """How many elements are NaN in the rows in front of a gate that is, and how many are not from there on."""
+    case = make_case(name, dtype="float32", batch=1, heads=1, length=40, width=16, learned=False)
+    plan = plan_of(case.spec)
+    plan = replace(plan, params={**plan.params, "chunk": 16})
+    q, k, v, gate = tensors_of(case).values()
+    gate[:, :, 20] = float("nan")
+    out, _ = CHUNKED_RECURRENCE.forward(plan, Inputs(q, k, v, [gate], ()))
+    return {"in front": float(out[:, :, :16].isnan().sum()), "behind": float((~out[:, :, 20:].isnan()).sum())}
+
+
+@pytest.mark.skipif(interprets(), reason="starts its own interpreter")
+@pytest.mark.parametrize("name", ["token", "channel"])
+def test_a_gate_that_is_no_number_is_not_taken_for_a_closed_one(
+    name: str, interpreter: Callable[..., dict[str, float]]
+) -> None:
+    assert interpreter(nan_gate, name) == {"in front": 0.0, "behind": 0.0}
