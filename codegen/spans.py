@@ -167,9 +167,12 @@ class _Blocks:
         ends = torch.clamp(begins + BLOCK, max=length)
         first = torch.where(possible, begins, length).amin(along, keepdim=True)
         last = torch.where(possible, ends, 0).amax(along, keepdim=True)
-        # The first run of certain blocks: to the block after it.
+        # The first run of certain blocks: to the first one that is not certain, but follows one. Nothing here waits for
+        # another reduction, so that one kernel finds all four.
+        certain = certain.expand(*certain.shape[:along], count, *certain.shape[along + 1 :])
+        follows = certain.roll(1, along) & (place > 0)
         whole = torch.where(certain, place, count).amin(along, keepdim=True)
-        beyond = torch.where(~certain & (place > whole), place, count).amin(along, keepdim=True)
+        beyond = torch.where(~certain & follows, place, count).amin(along, keepdim=True)
         shape = (batch, self.counts[other])
         parts = (first, last, whole * BLOCK, beyond * BLOCK)
         flat = [x.squeeze(along).squeeze(1).expand(shape) for x in parts]
