@@ -62,8 +62,11 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     for place in reversed(candidates):  # what is farther down holds what is above it
         if place.node in claimed:
             continue
-        result = _Search(graph, known, place, claimed, seen).result()
-        if result is None or (isinstance(result, Rejection) and not place.stepwise):
+        try:
+            result = _Search(graph, known, place, claimed, seen).result()
+        except Exception as error:  # a fault here must not cost the graph its other attention
+            result = Rejection("error", f"{type(error).__name__}: {error}")
+        if result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
             continue  # the quadratic form, perhaps, which is for others to lift
         found.append(missed("linear", place.node, result) if isinstance(result, Rejection) else result)
         if isinstance(result, Site):
@@ -376,15 +379,13 @@ def _with_initial(guess: Recurrence, initial: Node | None, frame: Frame, region:
         yield guess
         return
     for dims in states(initial, region, frame, _label_of_width(guess, region)):
-        yield Recurrence(
-            guess.q, guess.k, guess.v, guess.scale, guess.beta, guess.decay, guess.delta, Read(initial, dims)
-        )
+        yield replace(guess, initial=Read(initial, dims))
 
 
 def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The recurrence at a point: rows and last state."""
     arrays: dict[str, torch.Tensor | None] = {}
-    for name in ("q", "k", "v", "beta", "decay", "initial"):
+    for name in ("q", "k", "v", "beta", "decay", "initial", "erase", "write"):
         read = getattr(guess, name)
         if isinstance(read, float):
             arrays[name] = values.embedded(read).reshape(1, 1, 1)
@@ -399,4 +400,7 @@ def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Te
     scale = int(values.embedded(guess.scale))
     if not math.isfinite(guess.scale):
         return None
-    return run(q, k, v, scale, arrays["beta"], arrays["decay"], guess.delta, arrays["initial"])
+    erase = arrays["erase"]
+    if erase is not None and guess.sign < 0:
+        erase = VALUES.reduce(-erase)
+    return run(q, k, v, scale, arrays["beta"], arrays["decay"], guess.delta, arrays["initial"], erase, arrays["write"])

@@ -72,7 +72,13 @@ class _Maker:
         value: Expr = Load("v", (b_at, h_at, J, E))
         value = value if beta is None else mul(beta, value)
         transition = None
-        if self._constant(r.decay) and not r.delta and r.initial is None and self.found.final is None:
+        if (
+            self._constant(r.decay)
+            and not r.delta
+            and r.erase is None
+            and r.initial is None
+            and self.found.final is None
+        ):
             program = program if r.decay is None else mul(program, self._power(r.decay))
         else:
             transition = self._transition(r, beta, k_load)
@@ -138,10 +144,14 @@ class _Maker:
             decay = op("exp", load) if r.decay.log else load
         elif r.decay is not None:
             decay = Const(r.decay)
-        erase = write = None
+        erase: Expr | None = None
+        write: Expr | None = None
         if r.delta:
             erase = mul(Const(1.0) if beta is None else beta, k)
             write = k if decay is None else mul(decay, k)
+        if r.erase is not None and r.write is not None:
+            vector = self._load(r.erase)
+            erase, write = vector if r.sign > 0 else mul(Const(-1.0), vector), self._load(r.write)
         initial = None if r.initial is None else self._state(r.initial)
         return Transition(decay, erase, write, initial, self.found.final is not None)
 

@@ -45,7 +45,11 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
-    """One member of the family. decay, beta: None for ones; a decay may be a number."""
+    """One member of the family. decay, beta: None for ones; a decay may be a number.
+
+    erase, write: of a term of rank one that is not the delta rule's: ``- sign erase_t (write_t^T S_{t-1})``, of the
+    state before it decays.
+    """
 
     q: Read
     k: Read
@@ -55,11 +59,15 @@ class Recurrence:
     decay: Read | float | None = None
     delta: bool = False
     initial: Read | None = None
+    erase: Read | None = None
+    write: Read | None = None
+    sign: int = 1
 
     @property
     def reads(self) -> tuple[Read, ...]:
         decay = self.decay if isinstance(self.decay, Read) else None
-        return tuple(r for r in (self.q, self.k, self.v, self.beta, decay, self.initial) if r is not None)
+        parts = (self.q, self.k, self.v, self.beta, decay, self.initial, self.erase, self.write)
+        return tuple(r for r in parts if r is not None)
 
     def with_reads(self, reads: Sequence[Read]) -> Recurrence:
         """The same recurrence of other tensors, in the order of `reads`."""
@@ -73,6 +81,9 @@ class Recurrence:
             next(left) if isinstance(self.decay, Read) else self.decay,
             self.delta,
             None if self.initial is None else next(left),
+            None if self.erase is None else next(left),
+            None if self.write is None else next(left),
+            self.sign,
         )
 
 
@@ -108,6 +119,8 @@ def run(
     decay: torch.Tensor | None,
     delta: bool,
     initial: torch.Tensor | None,
+    erase: torch.Tensor | None = None,
+    write: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows (n, t, e), and the last state (n, d, e)."""
     f = VALUES
@@ -120,6 +133,7 @@ def run(
         return x[:, t if x.shape[1] > 1 else 0]
 
     for t in range(length):
+        before = state
         if decay is not None:
             state = f.multiply(state, at(decay, t)[:, :, None])
         key, written = at(k, t)[:, :, None], at(v, t)[:, None, :]
@@ -127,6 +141,9 @@ def run(
             written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), state)
         if beta is not None:
             written = f.reduce(written) * at(beta, t)[:, :, None]
+        if erase is not None and write is not None:
+            old = f.product(at(write, t)[:, None, :].expand(n, -1, -1), before)
+            state = f.reduce(state - f.multiply(at(erase, t)[:, :, None], old))
         state = f.reduce(state + key * f.reduce(written.clone()))
         rows.append(f.product(at(q, t)[:, None, :].expand(n, -1, -1), state)[:, 0])
     return torch.stack(rows, 1), state
@@ -201,6 +218,7 @@ def _of_values(v: Read, found: _Weights, pool: Pool, width: Width) -> Iterator[R
             if scale is not None:
                 channels = pool.channels.get(width, ())
                 yield from _of_pair(rows[iq], rows[ik], v, scale, beta, found, pool, channels)
+                yield from _of_rank_one(rows[iq], rows[ik], v, scale, beta, found, pool, channels, rows)
 
 
 def _number(x: torch.Tensor, pool: Pool) -> tuple[float, int] | None:
@@ -258,3 +276,45 @@ def _of_pair(
             at = channel.array[:, min(1, channel.array.shape[1] - 1)].expand(n, -1)
             if torch.equal(weight(at, delta), wanted):
                 yield made(channel.read, delta)
+
+
+def _of_rank_one(
+    q: Candidate,
+    k: Candidate,
+    v: Read,
+    scale: tuple[float, int],
+    beta: Candidate | None,
+    found: _Weights,
+    pool: Pool,
+    channels: Sequence[Candidate],
+    rows: Sequence[Candidate],
+) -> Iterator[Recurrence]:
+    """A term of rank one by two other tensors: ``x = q_1^T A_1 k_0 - sign (q_1 . erase_1) (write_1 . k_0)``."""
+    f = VALUES
+    n = found.w.shape[0]
+    q1, k0 = q.array[:, 1].expand(n, -1), k.array[:, 0].expand(n, -1)
+    b0 = torch.ones(n, dtype=torch.int64) if beta is None else beta.array[:, 0, 0].expand(n)
+    wanted = f.multiply(found.x, _inverse(f.multiply(b0, torch.tensor(scale[1]))))
+    second = torch.stack([c.array[:, 1].expand(n, -1) for c in rows], 1)  # (n, m, d)
+    erased = f.product(second, q1[:, :, None])  # (n, m, 1)
+    written = f.product(second, k0[:, :, None]).transpose(1, 2)
+    pairs = f.multiply(erased, written)  # (n, m, m)
+    decays: list[tuple[Read | None, torch.Tensor]] = [(None, k0)]
+    for c in (*channels, *pool.gates):
+        decays.append((c.read, f.multiply(k0, c.array[:, min(1, c.array.shape[1] - 1)].expand(n, -1))))
+    for read, kept in decays:
+        rest = f.reduce(f.multiply(q1, kept).sum(1).remainder(f.order) - wanted)
+        for sign in (1, -1):
+            equal = (pairs == (rest if sign == 1 else (-rest).remainder(f.order))[:, None, None]).all(0)
+            for a, b in equal.nonzero().tolist():
+                yield Recurrence(
+                    q.read,
+                    k.read,
+                    v,
+                    scale[0],
+                    None if beta is None else beta.read,
+                    read,
+                    erase=rows[a].read,
+                    write=rows[b].read,
+                    sign=sign,
+                )

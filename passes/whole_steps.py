@@ -40,13 +40,18 @@ def whole_steps(graph: GraphModule, nodes: Sequence[Node]) -> list[Node]:
         source = maker.select(node)
         if source is not None and source not in stepped:
             stepped.add(node)
-            if int(arguments(node)[2]) == _STEP:
+            if int(arguments(node)[-1]) == _STEP:
                 maker.take(node, source)
             continue
         if any(a in stepped for a in node.all_input_nodes):
             stepped.add(node)
             maker.compute(node, stepped)
     return maker.made
+
+
+def _dimension(node: Node) -> int:
+    """The dimension that a node takes steps of."""
+    return int(argument(node, 1, "dim", 0))
 
 
 class _Maker:
@@ -57,15 +62,18 @@ class _Maker:
 
     def select(self, node: Node) -> Node | None:
         """The tensor that a node takes one step of."""
-        if name_of(node) != "select" or not isinstance(arguments(node)[2], int):
+        of = node
+        if name_of(node) == "getitem" and name_of(arguments(node)[0]) == "unbind":
+            of = arguments(node)[0]
+        elif name_of(node) != "select" or not isinstance(arguments(node)[2], int):
             return None
-        source = arguments(node)[0]
-        size = value_of(source).shape[arguments(node)[1]]
+        source = arguments(of)[0]
+        size = value_of(source).shape[_dimension(of)]
         return source if isinstance(source, Node) and isinstance(size, int) and size > 3 else None
 
     def take(self, node: Node, source: Node) -> None:
         rank = value_of(source).dim()
-        dim = dimension(int(arguments(node)[1]), rank)
+        dim = dimension(_dimension(node if name_of(node) == "select" else arguments(node)[0]), rank)
         order = [dim, *(d for d in range(rank) if d != dim)]
         self.whole[node] = self._new(node, torch.ops.aten.permute.default, (source, order))
 

@@ -20,9 +20,7 @@ KEPT = {
     "SANA": "",
     "SANA, blocks": "not-a-recurrence",
     "RALA": "no-score-contraction",
-    "HGRN2": "not-a-recurrence",
     "RWKV-6": "not-a-recurrence",
-    "RWKV-7": "not-a-recurrence",
     "mLSTM": "",
     "ScatterFormer": "",
 }

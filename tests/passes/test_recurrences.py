@@ -15,7 +15,7 @@ from attncomp.passes.site import Site
 from tests.agreement import ALWAYS, agree
 from tests.passes.bruteforce import captured_graph, check_site
 
-B, H, T, D, E = 2, 3, 11, 6, 5
+B, H, T, D, E = 2, 3, 9, 6, 5
 Tensor = torch.Tensor
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -93,6 +93,20 @@ def gated_delta(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor
     return s, read(q, s)
 
 
+def made_of_steps(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """No tensor of the graph is the gate, the key or beta: they are made in each step."""
+    g, k = torch.sigmoid(g), k * torch.rsqrt((k * k).sum(-1, keepdim=True) + 1e-6)
+    s = s * g[..., None, None]
+    s = s + outer(k, (v - read(k, s)) * b.square()[..., None])
+    return s, read(q, s)
+
+
+def rank_one(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV-7's: what is erased is not the key, and the state decays at the same time."""
+    s = s * g[..., None, None] - outer(b[..., None] * q.tanh(), read(k.sin(), s)) + outer(k, v)
+    return s, read(q, s)
+
+
 def kda(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = s * g[..., None].exp()
     s = s + outer(b[..., None] * k, v - (k[..., None] * s).sum(-2))
@@ -117,9 +131,11 @@ RECOGNISED: dict[str, tuple[Step, str, str, str]] = {
     "householder": (householder, "", "S", "c0[b, h, j] * v[b, h, j, e]"),
     "unit delta": (unit_delta, "", "S", "v[b, h, j, e]"),
     "gated delta": (gated_delta, "exp(c1[b, h, j])", "S", "c0[b, h, j] * v[b, h, j, e]"),
+    "made of steps": (made_of_steps, "c1[b, h, j]", "S", "c0[b, h, j] * v[b, h, j, e]"),
+    "rank one": (rank_one, "c0[b, h, j]", "S", "v[b, h, j, e]"),
     "KDA": (kda, "exp(c1[b, h, j, d])", "S * 0.408248", "c0[b, h, j] * v[b, h, j, e]"),
 }
-DELTA = ("delta", "householder", "unit delta", "gated delta", "KDA")
+DELTA = ("delta", "householder", "unit delta", "gated delta", "made of steps", "rank one", "KDA")
 
 
 def tensors(name: str, grad: bool = False) -> list[Tensor]:
@@ -149,7 +165,7 @@ def test_what_a_loop_is(name: str) -> None:
     check_site(captured, site, inputs, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "log gate", "KDA", "late decay"])
+@pytest.mark.parametrize("name", ["plain", "log gate", "KDA", "late decay", "made of steps", "rank one"])
 def test_a_loop_runs_as_one_operator(name: str) -> None:
     made = agree(loop(RECOGNISED[name][0]), *tensors(name, grad=True), policy=ALWAYS)
     assert made.verdicts == ["linear rewritten mask=causal"]
@@ -203,7 +219,31 @@ def drifting(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -
     return s + 0.01, read(q, s)
 
 
+def heads_mixed(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    s = s.roll(1, 1) + outer(k, v)
+    return s, read(q, s)
+
+
+def batch_mixed(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    s = s + s.mean(0, keepdim=True) + outer(k, v)
+    return s, read(q, s)
+
+
+def first_head_differs(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    s = s * torch.tensor([0.5, 1.0, 1.0])[:, None, None].clamp(min=g[0, 0]) + outer(k, v)
+    return s, read(q, s)
+
+
+def value_mixed(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    s = s.flip(-1) + outer(k, v)
+    return s, read(q, s)
+
+
 KEPT: dict[str, Step] = {
+    "heads that are mixed": heads_mixed,
+    "a batch that is mixed": batch_mixed,
+    "a gate of one head by another": first_head_differs,
+    "values that are mixed": value_mixed,
     "a nonlinearity on the state": nonlinear,
     "a gate that depends on the state": gate_of_state,
     "reading before the update": read_before,
