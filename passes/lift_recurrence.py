@@ -403,4 +403,5 @@ def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Te
     erase = arrays["erase"]
     if erase is not None and guess.sign < 0:
         erase = VALUES.reduce(-erase)
-    return run(q, k, v, scale, arrays["beta"], arrays["decay"], guess.delta, arrays["initial"], erase, arrays["write"])
+    beta, decay, initial, write = (arrays[name] for name in ("beta", "decay", "initial", "write"))
+    return run(q, k, v, scale, beta, decay, guess.delta, initial, erase, write, guess.early)

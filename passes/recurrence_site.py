@@ -14,7 +14,7 @@ from attncomp.expr import ONE, ZERO, Const, Expr, Load, Score, ge, mul, op, sub,
 from attncomp.passes.as_written import work_of
 from attncomp.passes.assemble import needs_gradient
 from attncomp.passes.falling import falls
-from attncomp.passes.nodes import value_of
+from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.recurrence_pool import Frame
 from attncomp.passes.recurrences import Dims, Read, Recurrence
@@ -140,15 +140,14 @@ class _Maker:
     def _transition(self, r: Recurrence, beta: Expr | None, k: Expr) -> Transition:
         decay: Expr | None = None
         if isinstance(r.decay, Read):
-            load = self._load(r.decay)
-            decay = op("exp", load) if r.decay.log else load
+            decay = self._gate(r.decay)
         elif r.decay is not None:
             decay = Const(r.decay)
         erase: Expr | None = None
         write: Expr | None = None
         if r.delta:
             erase = mul(Const(1.0) if beta is None else beta, k)
-            write = k if decay is None else mul(decay, k)
+            write = k if decay is None or r.early else mul(decay, k)
         if r.erase is not None and r.write is not None:
             vector = self._load(r.erase)
             erase, write = vector if r.sign > 0 else mul(Const(-1.0), vector), self._load(r.write)
@@ -161,6 +160,16 @@ class _Maker:
         kept = 2 if read.dims[-2] is None and read.dims[-1] is None else 3 if read.dims[-1] is None else 4
         node = self._arranged(read.node, read.dims, kept)
         return self._loaded(node, (B, H, J, D)[:kept])
+
+    def _gate(self, read: Read) -> Expr:
+        """A gate, by what its tensor is a function of where that tells a kernel that it is positive."""
+        name, source = name_of(read.node), read.node.args[0] if read.node.args else None
+        same = isinstance(source, Node) and value_of(source).shape == value_of(read.node).shape
+        if read.log:
+            return op("exp", self._load(read))
+        if name in ("exp", "sigmoid") and same and isinstance(source, Node):
+            return op(name, self._load(replace(read, node=source)))
+        return self._load(read)
 
     def _plain(self, read: Read) -> Read:
         """What a read means, as a node."""

@@ -47,8 +47,8 @@ class Read:
 class Recurrence:
     """One member of the family. decay, beta: None for ones; a decay may be a number.
 
-    erase, write: of a term of rank one that is not the delta rule's: ``- sign erase_t (write_t^T S_{t-1})``, of the
-    state before it decays.
+    early: the delta rule erases what it reads of the state before it decays. erase, write: of a term of rank one that
+    is not the delta rule's: ``- sign erase_t (write_t^T S_{t-1})``, of the state before it decays.
     """
 
     q: Read
@@ -62,6 +62,7 @@ class Recurrence:
     erase: Read | None = None
     write: Read | None = None
     sign: int = 1
+    early: bool = False
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -84,6 +85,7 @@ class Recurrence:
             None if self.erase is None else next(left),
             None if self.write is None else next(left),
             self.sign,
+            self.early,
         )
 
 
@@ -121,6 +123,7 @@ def run(
     initial: torch.Tensor | None,
     erase: torch.Tensor | None = None,
     write: torch.Tensor | None = None,
+    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows (n, t, e), and the last state (n, d, e)."""
     f = VALUES
@@ -138,7 +141,7 @@ def run(
             state = f.multiply(state, at(decay, t)[:, :, None])
         key, written = at(k, t)[:, :, None], at(v, t)[:, None, :]
         if delta:
-            written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), state)
+            written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), before if early else state)
         if beta is not None:
             written = f.reduce(written) * at(beta, t)[:, :, None]
         if erase is not None and write is not None:
@@ -256,26 +259,30 @@ def _of_pair(
         erased = f.multiply(k1, kept).sum(1).remainder(f.order)
         return f.reduce(through - f.multiply(new, erased))
 
-    def made(decay: Read | float | None, delta: bool) -> Recurrence:
-        return Recurrence(q.read, k.read, v, scale[0], None if beta is None else beta.read, decay, delta)
+    def made(decay: Read | float | None, delta: bool, early: bool = False) -> Recurrence:
+        of_beta = None if beta is None else beta.read
+        return Recurrence(q.read, k.read, v, scale[0], of_beta, decay, delta, early=early)
 
-    for delta in (False, True):
-        plain = weight(None, delta)
-        if torch.equal(plain, wanted):
-            yield made(None, delta)
+    erased = f.multiply(new, f.multiply(k1, k0).sum(1).remainder(f.order))
+    for delta, early in ((False, False), (True, False), (True, True)):
+        plain = weight(None, delta and not early)
+        target = f.reduce(wanted + erased) if early else wanted
+        if torch.equal(plain, target):
+            if not early:  # without a decay they are the same
+                yield made(None, delta)
             continue
-        factor = f.multiply(wanted, _inverse(plain))
+        factor = f.multiply(target, _inverse(plain))
         number = _number(factor, pool)
         if number is not None:
-            yield made(number[0], delta)
+            yield made(number[0], delta, early)
         for gate in pool.gates:
             at = gate.array[:, min(1, gate.array.shape[1] - 1), 0].expand(n)
             if torch.equal(at, factor):
-                yield made(gate.read, delta)
+                yield made(gate.read, delta, early)
         for channel in channels:
             at = channel.array[:, min(1, channel.array.shape[1] - 1)].expand(n, -1)
-            if torch.equal(weight(at, delta), wanted):
-                yield made(channel.read, delta)
+            if torch.equal(weight(at, delta and not early), target):
+                yield made(channel.read, delta, early)
 
 
 def _of_rank_one(

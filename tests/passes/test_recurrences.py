@@ -107,6 +107,11 @@ def rank_one(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -
     return s, read(q, s)
 
 
+def erased_before_decay(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    s = g[..., None, None] * s + outer(k, (v - read(k, s)) * b[..., None])
+    return s, read(q, s)
+
+
 def kda(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = s * g[..., None].exp()
     s = s + outer(b[..., None] * k, v - (k[..., None] * s).sum(-2))
@@ -131,11 +136,21 @@ RECOGNISED: dict[str, tuple[Step, str, str, str]] = {
     "householder": (householder, "", "S", "c0[b, h, j] * v[b, h, j, e]"),
     "unit delta": (unit_delta, "", "S", "v[b, h, j, e]"),
     "gated delta": (gated_delta, "exp(c1[b, h, j])", "S", "c0[b, h, j] * v[b, h, j, e]"),
-    "made of steps": (made_of_steps, "c1[b, h, j]", "S", "c0[b, h, j] * v[b, h, j, e]"),
+    "made of steps": (made_of_steps, "sigmoid(c1[b, h, j])", "S", "c0[b, h, j] * v[b, h, j, e]"),
+    "erased before it decays": (erased_before_decay, "c1[b, h, j]", "S", "c0[b, h, j] * v[b, h, j, e]"),
     "rank one": (rank_one, "c0[b, h, j]", "S", "v[b, h, j, e]"),
     "KDA": (kda, "exp(c1[b, h, j, d])", "S * 0.408248", "c0[b, h, j] * v[b, h, j, e]"),
 }
-DELTA = ("delta", "householder", "unit delta", "gated delta", "made of steps", "rank one", "KDA")
+DELTA = (
+    "delta",
+    "householder",
+    "unit delta",
+    "gated delta",
+    "made of steps",
+    "erased before it decays",
+    "rank one",
+    "KDA",
+)
 
 
 def tensors(name: str, grad: bool = False) -> list[Tensor]:
@@ -199,11 +214,6 @@ def squared(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) ->
     return s, read(q, s * s)
 
 
-def erased_before_decay(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    s = g[..., None, None] * s + outer(k, (v - read(k, s)) * b[..., None])
-    return s, read(q, s)
-
-
 def cut_off(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = (g[..., None, None] * s + outer(k, v)).clamp(-1, 1)
     return s, read(q, s)
@@ -249,7 +259,6 @@ KEPT: dict[str, Step] = {
     "reading before the update": read_before,
     "a normaliser with abs and max": absolute,
     "a square of the state": squared,
-    "erased before it decays": erased_before_decay,
     "a state that is cut off": cut_off,
     "a state without a gradient": without_gradient,
     "a state that drifts": drifting,
