@@ -69,6 +69,7 @@ class Region:
         self.uses: dict[Key, int] = {}
         self.reads: dict[Key, tuple[Key, ...]] = {}
         self._stopped = _stopping(graph)
+        self._ways: dict[Key, str] = {}
         self._collect()
 
     def _collect(self) -> None:
@@ -128,6 +129,13 @@ class Region:
         return tuple((a, of) for a in args if isinstance(value_of(a), torch.Tensor))
 
     def way(self, node: Node, field: Field) -> str:
+        """`_way`, remembered."""
+        found = self._ways.get((node, field))
+        if found is None:
+            found = self._ways[node, field] = self._way(node, field)
+        return found
+
+    def _way(self, node: Node, field: Field) -> str:
         """How a node is evaluated: by its ``rule``, as a ``function`` of its elements that nothing is known of, or as a
         ``leaf``."""
         name = name_of(node)

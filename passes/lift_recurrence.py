@@ -34,6 +34,9 @@ from attncomp.variant import Rejection
 _WORK = 1 << 28
 """Elements that one evaluation may compute: a few seconds."""
 
+_PARALLEL_WORK = 1 << 25
+"""The same for what is no loop: the quadratic form of many rows is lifted by reading it."""
+
 _SMALL = 1 << 24
 """Elements of what is evaluated whole, where a part of it told nothing."""
 
@@ -160,7 +163,7 @@ class _Search:
 
     def _among(self, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
         region = Region(self.graph, self.known, [*outputs, *self.extra], leaves).narrowed()
-        if region.work() > _WORK:
+        if region.work() > (_WORK if self.place.stepwise else _PARALLEL_WORK):
             return Rejection("identity-too-large", f"comparing it takes {region.work():.1e} operations")
         self.leaves = leaves
         lengths = {f.length for n in outputs for f in frames(n, region)}
