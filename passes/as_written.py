@@ -71,12 +71,24 @@ def work_of(nodes: Iterable[Node], training: bool, dtype: str) -> Work:
             size = math.prod(hint(s) for s in value_of(read[0]).shape) if read else 0
         elements = [math.prod(hint(s) for s in value_of(a).shape) for a in read]
         moved += (size + sum(elements)) * value.dtype.itemsize
-        if name in ("matmul", "bmm", "mm", "baddbmm", "einsum", "linalg_solve_triangular") and len(elements) > 1:
-            flops += 2.0 * math.sqrt(float(elements[-1]) * elements[-2] * max(size, 1))
-        else:
-            flops += float(sum(elements))
+        flops += _flops(node, name, size, float(sum(elements)))
     passes = 3 if training else 1
     return Work(flops=passes * flops, bytes=passes * moved, launches=passes * launches, dtype=dtype)
+
+
+def _flops(node: Node, name: str, size: int, elements: float) -> float:
+    """Of one contraction whose result has `size` elements; a sum takes one for each of the `elements` that it reads."""
+    if name == "einsum" and isinstance(node.args[0], str):
+        inputs = node.args[0].replace(" ", "").split("->")[0].split(",")
+        shapes = [value_of(a).shape for a in node.all_input_nodes]
+        sizes = {
+            c: hint(s) for term, shape in zip(inputs, shapes, strict=False) for c, s in zip(term, shape, strict=False)
+        }
+        return 2.0 * math.prod(sizes.values())
+    if name in ("matmul", "bmm", "mm", "baddbmm", "linalg_solve_triangular"):
+        first = node.all_input_nodes[1 if name == "baddbmm" else 0]
+        return 2.0 * size * hint(value_of(first).shape[-1])
+    return elements
 
 
 def _flex_ms(request: Request, variants: Sequence[Variant], hardware: Hardware) -> float:
