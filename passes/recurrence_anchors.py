@@ -97,9 +97,9 @@ def is_outer(node: Node) -> bool:
     shapes = [v.shape for v in map(value_of, node.all_input_nodes) if isinstance(v, torch.Tensor)]
     if name == "mul" and len(shapes) == 2:
         rank = max(map(len, shapes))
-        first, second = ([1] * (rank - len(x)) + [*x] for x in shapes)
-        apart = [(a == 1, b == 1) for a, b in zip(first, second, strict=True) if (a == 1) != (b == 1)]
-        return len(set(apart)) == 2
+        # A size that only the run knows is not 1, and must not be asked: that would be a guard.
+        first, second = ([True] * (rank - len(x)) + [type(n) is int and n == 1 for n in x] for x in shapes)
+        return len({(a, b) for a, b in zip(first, second, strict=True) if a != b}) == 2
     if name == "einsum" and len(shapes) == 2:
         inputs, _, output = arguments(node)[0].replace(" ", "").partition("->")
         left, right = map(set, inputs.split(","))

@@ -144,3 +144,19 @@ def test_numbers_of_heads_known_at_run_time_share_keys_in_groups_of_one_size() -
     check(grouped, made, (5, 6, 16, 8), *[(5, 3, 16, 8)] * 2)
     reports = attncomp.reports()[before:]
     assert [s.verdict for r in reports for s in r.sites] == ["rewritten"] * 2
+
+
+def test_outer_products_of_run_time_sizes_are_looked_at_without_guards() -> None:
+    """A cumulated sum of outer products may be a recurrence, but not of lengths that only the run knows."""
+
+    def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        states = (k[..., :, None] * v[..., None, :]).cumsum(2)
+        out: torch.Tensor = (q @ k.mT * 0.3).softmax(-1) @ v + (q[..., None] * states).sum(-2)
+        return out
+
+    made = compiled(both, dynamic=True)
+    before = len(attncomp.reports())
+    for batch, length in ((5, 16), (3, 21)):
+        check(both, made, *[(batch, 2, length, 8)] * 3)
+    reports = attncomp.reports()[before:]
+    assert [s.verdict for r in reports for s in r.sites] == ["rewritten"]
