@@ -89,7 +89,7 @@ def lift_linear(graph: torch.fx.GraphModule, output: Node) -> Attempt:
                 kind = "pointwise"
             else:
                 both = (axes_of(affine[0]), axes_of(mask))
-                if len({"i", "j"} & {a for x in both for a in _roles(x, axes, J)}) < 2:
+                if normalised is None and len({"i", "j"} & {a for x in both for a in _roles(x, axes, J)}) < 2:
                     continue  # nothing between the products depends on both positions: plain matrix algebra
             if normalised is not None:
                 eps = 0.0 if rest is None else rest.value if isinstance(rest, Const) else None

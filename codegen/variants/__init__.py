@@ -7,6 +7,7 @@ from attncomp.codegen.variants.blocked_keys import BLOCKED_KEYS
 from attncomp.codegen.variants.checked import VENDOR_CPU_FLASH_CHECKED
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.chunked_recurrence import CHUNKED_RECURRENCE
+from attncomp.codegen.variants.keys_first import KEYS_FIRST
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
@@ -21,6 +22,7 @@ VARIANTS: tuple[Variant, ...] = (
     VENDOR_EFFICIENT,
     CHUNKED_LINEAR,
     CHUNKED_RECURRENCE,
+    KEYS_FIRST,
     TILED,
     TILED_CHECKED,
     SPLIT_KV,
