@@ -17,8 +17,7 @@ import json
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ import attncomp
 from attncomp.backend import attncomp as backend
 from benchmarks import measure as m
 from benchmarks.dispatch_points import LIBRARIES, MOST_SCORES, Call, Point, attention_of, grid, library, made, shrunk
-from benchmarks.workers import Row, elsewhere, measured
+from benchmarks.workers import Row, elsewhere, in_waves, measured
 
 BAR = 0.98
 NAMES = ("attncomp", *LIBRARIES, "inductor")
@@ -119,15 +118,6 @@ def ratio_of(row: Row) -> float:
     return float(min((x for n, x in times.items() if n != "attncomp"), default=math.nan) / own)
 
 
-def in_waves(jobs: list[Contest], size: int, limit: float) -> Iterator[list[Contest]]:
-    start = time.monotonic()
-    for first in range(0, len(jobs), size):
-        if time.monotonic() - start > limit:
-            m.say(f"ended after {limit:.0f} s")
-            return
-        yield jobs[first : first + size]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cuda (if there is one) or cpu")
@@ -145,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     m.say(f"{elsewhere(m.conditions, device)}; {len(points)} points\n")
     jobs = [Contest(p, device, args.runs) for p in points]
     table, ratios = [], []
-    for job, row in measured(in_waves(jobs, 2 * max(args.workers, 1), args.limit), args.workers):
+    for job, row in measured(in_waves(([job] for job in jobs), 2 * max(args.workers, 1), args.limit), args.workers):
         table.append(cells(job.point.name, row))
         ratios.append(ratio_of(row))
         failures = "; ".join(f"{n}: {why}" for n, why in row.get("failures", {}).items())

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import attncomp
 from attncomp.backend import attncomp as backend
 from benchmarks import measure as m
 from benchmarks.program_cases import BY_NAME, PROGRAMS, VARIABLE, Extra, Sizes, chosen, exact, made, pairs
-from benchmarks.workers import Row, elsewhere, measured
+from benchmarks.workers import Row, elsewhere, in_waves, measured
 
 COMPETITORS = ("attncomp", "flex")
 VARLEN = "flash varlen"
@@ -239,22 +238,6 @@ def ratio_of(of: dict[str, Row]) -> float:
     """How many times FlexAttention's time is attncomp's."""
     own, other = (of[n].get("ms", math.nan) for n in COMPETITORS)
     return float(other / own)
-
-
-def in_waves(rows: Iterator[tuple[Competitor, ...]], size: int, limit: float) -> Iterator[list[Competitor]]:
-    """Whole rows, `size` competitors at a time; none is begun after `limit` seconds."""
-    start = time.monotonic()
-    wave: list[Competitor] = []
-    for row in rows:
-        wave += row
-        if len(wave) >= size:
-            yield wave
-            wave = []
-            if time.monotonic() - start > limit:
-                m.say(f"ended after {limit:.0f} s")
-                return
-    if wave:
-        yield wave
 
 
 def main(arguments: list[str] | None = None) -> None:

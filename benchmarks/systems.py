@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from torch import Tensor
 import attncomp
 from benchmarks import measure as m
 from benchmarks.linear_systems import SYSTEMS, Sizes, System, Tensors
-from benchmarks.workers import Row, elsewhere, measured
+from benchmarks.workers import Row, elsewhere, in_waves, measured
 
 BY_NAME = {s.name: s for s in SYSTEMS}
 COMPETITORS = ("eager", "inductor", "attncomp", "fla")
@@ -223,22 +222,6 @@ def cells(found: dict[str, Row], competitors: tuple[str, ...]) -> list[str]:
         errors = found.get(name, {}).get("errors") or {}
         line.append(m.relative(max(errors.values())) if errors else "-")
     return line
-
-
-def in_waves(rows: Iterator[tuple[Competitor, ...]], size: int, limit: float) -> Iterator[list[Competitor]]:
-    """Whole rows, at least `size` competitors at a time; none is begun after `limit` seconds."""
-    start = time.monotonic()
-    wave: list[Competitor] = []
-    for row in rows:
-        wave += row
-        if len(wave) >= size:
-            yield wave
-            wave = []
-            if time.monotonic() - start > limit:
-                m.say(f"ended after {limit:.0f} s")
-                return
-    if wave:
-        yield wave
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -131,6 +131,22 @@ class Worker:
         self._pipe.close()
 
 
+def in_waves(rows: Iterable[Sequence[AnyJob]], size: int, limit: float) -> Iterator[list[AnyJob]]:
+    """The jobs of whole rows, at least `size` at a time; no wave is begun after `limit` seconds."""
+    start = time.monotonic()
+    wave: list[AnyJob] = []
+    for row in rows:
+        if not wave and time.monotonic() - start > limit:
+            print(f"ended after {limit:.0f} s", flush=True)
+            return
+        wave += row
+        if len(wave) >= size:
+            yield wave
+            wave = []
+    if wave:
+        yield wave
+
+
 def measured(waves: Iterable[Sequence[AnyJob]], workers: int, timeout: float = 240.0) -> Iterator[tuple[AnyJob, Row]]:
     """The row of each job: the jobs of one wave are compiled side by side, then measured in order.
 
