@@ -182,6 +182,11 @@ class _Reader:
     def _begins_item(self, node: Node, n: int) -> tuple[Atoms, ...]:
         return tuple(self.pin(self.atoms((node, (n, d)), int(s))) for d, s in enumerate(value_of(node)[n].shape))
 
+    def _addressed(self, node: Node) -> tuple[Atoms, ...]:
+        """`_unknown`, of an operator with one result."""
+        found: tuple[Atoms, ...] = self._unknown(node)
+        return found
+
     def _unknown(self, node: Node) -> Any:
         """An operator that is not understood here: everything that it reads is addressed."""
         for a in node.all_input_nodes:
@@ -280,12 +285,12 @@ class _Reader:
                 need, a = size // have, left[0]
                 if self.size[self.root(a)] > need:
                     if self.size[self.root(a)] % need:
-                        return self._unknown(node)  # type: ignore[no-any-return]
+                        return self._addressed(node)
                     self.split(a, need)
                 taken.append(left.pop(0))
                 have *= self.size[self.root(taken[-1])]
             if have != size:
-                return self._unknown(node)  # type: ignore[no-any-return]
+                return self._addressed(node)
             found.append(tuple(taken))
         return tuple(found)
 
@@ -307,7 +312,7 @@ class _Reader:
         equation = arguments(node)[0].replace(" ", "")
         inputs, arrow, output = equation.partition("->")
         if "." in equation or not arrow:
-            return self._unknown(node)  # type: ignore[no-any-return]
+            return self._addressed(node)
         along: dict[str, Atoms] = {}
         for term, x in zip(inputs.split(","), arguments(node)[1], strict=True):
             for label, atoms in zip(term, self._dims(x), strict=True):
@@ -388,7 +393,7 @@ class _Reader:
     def _solved(self, node: Node) -> tuple[Atoms, ...]:
         a, b = self._dims(arguments(node)[0]), self._dims(arguments(node)[1])
         if len(a) != len(b) or not argument(node, 3, "left", True):
-            return self._unknown(node)  # type: ignore[no-any-return]
+            return self._addressed(node)
         for atoms in (a[-1], a[-2], b[-2]):
             self.pin(atoms)
         return (*self._broadcast(a[:-2], b[:-2]), b[-2], b[-1])

@@ -74,3 +74,27 @@ def test_recurrences_of_the_family_are_rewritten_1000(recurrence: Recurrence) ->
 @given(recurrences(twisted=True))
 def test_near_misses_are_right_1000(recurrence: Recurrence) -> None:
     agrees(recurrence)
+
+
+def test_layers_that_differ_in_an_operand_are_not_taken_for_equal() -> None:
+    """The first erases by its own key, the second by another tensor of its shape: equal parts are compared once."""
+
+    def layer(q: torch.Tensor, k: torch.Tensor, erased: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        rows = []
+        for t in range(q.shape[2]):
+            old = (erased[:, :, t, :, None] * state).sum(-2)
+            state = state + k[:, :, t, :, None] * (v[:, :, t] - old)[..., None, :]
+            rows.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(rows, 2)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        q, k, other, v = (x * n for n in (1.0, 0.5, 0.25, 2.0))
+        first = layer(q, k, k, v)
+        q, k, other, v = (torch.sin(first * n) for n in (1.0, 0.5, 0.3, 2.0))
+        return layer(q, k, other, v) + layer(q, k, k, v) + layer(q, other, k, v)
+
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch._dynamo.reset()
+    found = torch.compile(both, backend="attncomp", options=OPTIONS)(x)
+    torch.testing.assert_close(found, both(x), rtol=1e-9, atol=1e-10)

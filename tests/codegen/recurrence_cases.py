@@ -91,7 +91,7 @@ def oracle(spec: AttentionSpec, x: dict[str, Tensor]) -> tuple[Tensor, Tensor | 
     score, affine = spec.score, spec.affine()
     assert affine is not None
     decay, erase, write = (over(e, "bhjd") for e in (t.decay, t.erase, t.write))
-    query, key = over(score.args[0], "bhid"), over(score.args[1], "bhjd")  # type: ignore[attr-defined]
+    query, key = over(score.args[0], "bhid"), over(score.args[1], "bhjd")  # type: ignore[attr-defined]  # a product
     value, scale, initial = over(spec.value, "bhje"), over(affine[0], "bh"), over(t.initial, "bhde")
     assert query is not None
     assert key is not None
@@ -144,7 +144,7 @@ def recurrence_spec(
 
 
 def _key(spec: AttentionSpec) -> Expr:
-    return spec.score.args[1]  # type: ignore[attr-defined,no-any-return]
+    return spec.score.args[1]  # type: ignore[attr-defined,no-any-return]  # a product
 
 
 def delta_spec(
