@@ -9,12 +9,14 @@ from torch.fx import Node
 
 from attncomp.passes.field import EXPONENTS, VALUES, Field, exponential
 from attncomp.passes.field_held import Held, Run, plain, with_low
-from attncomp.passes.nodes import argument, arguments, name_of
+from attncomp.passes.nodes import argument, arguments, name_of, value_of
+
+_COARSE = 2.0**-4
 
 
 def add_rule(run: Run, node: Node, field: Field) -> Held | None:
     a, b = run.held(arguments(node)[0], field), run.held(arguments(node)[1], field)
-    if a is None or b is None:
+    if a is None or b is None or any(_swallows(run, x, node) for x in arguments(node)[:2]):
         return None
     alpha = argument(node, 2, "alpha", 1)
     name = name_of(node)
@@ -32,6 +34,16 @@ def add_rule(run: Run, node: Node, field: Field) -> Held | None:
         low = a.low if b.low is None else b.low if a.low is None else a.low | b.low
         return with_low(field.reduce(a.array + y), low)
     return None if b.low is not None else with_low(field.reduce(a.array - y), a.low)
+
+
+def _swallows(run: Run, x: Any, node: Node) -> bool:
+    """Whether a summand is a number so large that the sum is rounded to 1/16 or coarser: it may be there for that."""
+    dtype = value_of(node).dtype
+    known = run.known(x) if dtype.is_floating_point else None
+    if known is None or not known.numel():
+        return False
+    size = known.double().abs()
+    return bool((size.isfinite() & (size * torch.finfo(dtype).eps >= _COARSE)).any())
 
 
 def mul_rule(run: Run, node: Node, field: Field) -> Held | None:

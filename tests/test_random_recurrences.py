@@ -98,3 +98,22 @@ def test_layers_that_differ_in_an_operand_are_not_taken_for_equal() -> None:
     torch._dynamo.reset()
     found = torch.compile(both, backend="attncomp", options=OPTIONS)(x)
     torch.testing.assert_close(found, both(x), rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_rounded_by_a_large_number_stays_rounded() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        rows = []
+        for t in range(q.shape[2]):
+            state = (state + 1e9) - 1e9
+            state = state * 0.5 + k[:, :, t, :, None] * v[:, :, t, None, :]
+            rows.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(rows, 2)
+
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, 2, 6, n, generator=generator) for n in (3, 3, 4)]
+    torch._dynamo.reset()
+    clear_reports()
+    found = torch.compile(attend, backend="attncomp", options=OPTIONS)(*x)
+    torch.testing.assert_close(found, attend(*x), rtol=1e-5, atol=1e-6)
+    assert not is_rewritten()
