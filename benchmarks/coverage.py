@@ -78,6 +78,7 @@ def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, time
     todo = [(n, m) for n, m in todo if m]
     random.Random(0).shuffle(todo)  # a sweep that is cut short has seen all kinds of models
     if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a backward pass would start CUDA's driver, beyond the limit on memory
         prepare()
     commit = revision()
     running: dict[int, tuple[str, list[Mode], float, Path]] = {}
@@ -105,7 +106,9 @@ def sweep(modes: Mapping[str, Sequence[Mode]], results: Path, workers: int, time
 def finish(name: str, wanted: list[Mode], part: Path, results: Path, why: str) -> None:
     """Add a process's rows to the results, and a row for the first mode that is missing."""
     lines = [x for x in part.read_text().splitlines() if x.endswith("}")]
+    why = " | ".join([why, *last_words(part)])
     part.unlink()
+    errors_of(part).unlink(missing_ok=True)
     have = {json.loads(x)["mode"] for x in lines}
     for n, mode in enumerate(m for m in wanted if str(m) not in have):
         said = why if n == 0 else "an earlier mode did not end"
@@ -117,6 +120,17 @@ def finish(name: str, wanted: list[Mode], part: Path, results: Path, why: str) -
     states = [json.loads(x) for x in lines]
     said = ", ".join(f"{r['mode']}: {r['status']} {counts(r)}".strip() for r in states)
     print(f"{name}: {said}", flush=True)
+
+
+def errors_of(part: Path) -> Path:
+    """Where the process that writes `part` has its standard error."""
+    return part.with_name(f"{part.name}.err")
+
+
+def last_words(part: Path) -> list[str]:
+    """The last lines of a process's standard error: what a library said before it ended the process."""
+    path = errors_of(part)
+    return path.read_text(errors="replace").splitlines()[-3:] if path.exists() else []
 
 
 def revision() -> str:
@@ -193,7 +207,7 @@ def child(name: str, modes: list[Mode], part: Path, commit: str, timeout: int, d
         resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+        os.dup2(os.open(errors_of(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
         with part.open("a") as file:
             for row in run_modes(name, modes, device):
                 file.write(json.dumps(row | {"commit": commit, "torch": torch.__version__}) + "\n")

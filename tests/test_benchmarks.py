@@ -386,10 +386,13 @@ def test_a_crash_costs_one_row(tmp_path: Path) -> None:
     part.write_text(
         json.dumps({"model": "bert", "mode": str(modes[0]), "status": "failed", "why": "x"}) + '\n{"model": "b'
     )
-    coverage.finish("bert", modes, part, results, "the process ended with status 11")
+    coverage.errors_of(part).write_text("a warning\n\nterminate called without an active exception\n")
+    coverage.finish("bert", modes, part, results, "the process ended with status 6")
     assert [r["status"] for r in coverage.read(results)] == ["failed", "crashed"]
-    assert not part.exists()
-    assert "the process ended with status 11" in coverage_report.render(coverage.read(results))
+    assert list(tmp_path.iterdir()) == [results]
+    said = coverage_report.render(coverage.read(results))
+    assert "the process ended with status 6" in said
+    assert "terminate called without an active exception" in said
 
 
 def test_disagreement_is_no_coverage() -> None:
