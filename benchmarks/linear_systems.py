@@ -419,6 +419,47 @@ def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
 
 
 @_in_float32
+def gated_delta_chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor | None = None, chunk: int = 8
+) -> Tensor:
+    """The WY form: a triangular system for each chunk, then one step of the state."""
+    beta = torch.sigmoid(beta)[..., None]
+    log = torch.zeros_like(beta[..., 0]) if gate is None else F.logsigmoid(gate)
+    state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+    rows = []
+    for q_c, k_c, v_c, b_c, g_c in zip(*(x.split(chunk, 2) for x in (q, k, v, beta, log)), strict=True):
+        total = g_c.cumsum(-1)[..., None]
+        decay = torch.exp((total - total.mT).masked_fill(~_triangle(total.shape[2], q.device), -INF))
+        system = torch.tril((k_c * b_c) @ k_c.mT * decay, -1)
+        values = b_c * (v_c - (k_c * total.exp()) @ state)
+        written = torch.linalg.solve_triangular(system, values, upper=False, unitriangular=True)
+        rows.append((q_c * total.exp()) @ state + (q_c @ k_c.mT * decay) @ written)
+        last = total[:, :, -1:]
+        state = state * last.exp() + (k_c * (last - total).exp()).mT @ written
+    return torch.cat(rows, 2)
+
+
+@_in_float32
+def kda_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, chunk: int = 8) -> Tensor:
+    """The same with a gate for each channel: differences of summed gates, none of which overflows."""
+    beta, log = torch.sigmoid(beta)[..., None], F.logsigmoid(gate)
+    state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+    rows = []
+    for q_c, k_c, v_c, b_c, g_c in zip(*(x.split(chunk, 2) for x in (q, k, v, beta, log)), strict=True):
+        total = g_c.cumsum(2)
+        between = total[:, :, :, None] - total[:, :, None, :]
+        decay = between.masked_fill(~_triangle(total.shape[2], q.device)[..., None], -INF).exp()
+        scores = torch.einsum("bhid,bhjd,bhijd->bhij", q_c, k_c, decay)
+        system = torch.tril(torch.einsum("bhid,bhjd,bhijd->bhij", k_c * b_c, k_c, decay), -1)
+        values = b_c * (v_c - (k_c * total.exp()) @ state)
+        written = torch.linalg.solve_triangular(system, values, upper=False, unitriangular=True)
+        rows.append((q_c * total.exp()) @ state + scores @ written)
+        last = total[:, :, -1:]
+        state = state * last.mT.exp() + (k_c * (last - total).exp()).mT @ written
+    return torch.cat(rows, 2)
+
+
+@_in_float32
 def rwkv7(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     """A transition of rank one whose vectors are not the written key."""
     decay, rate = torch.exp(-0.6 * torch.sigmoid(gate)), torch.sigmoid(beta)
@@ -517,6 +558,9 @@ SYSTEMS = (
     System("DeltaNet", "arXiv:2406.06484", "loop over time", deltanet, _delta),
     System("Gated DeltaNet", "arXiv:2412.06464", "loop over time", gated_deltanet, _gated_delta),
     System("Kimi Delta Attention", "arXiv:2510.26692", "loop over time", kda, _kda),
+    System("DeltaNet, chunks", "arXiv:2406.06484", "loop over chunks", gated_delta_chunks, _delta),
+    System("Gated DeltaNet, chunks", "arXiv:2412.06464", "loop over chunks", gated_delta_chunks, _gated_delta),
+    System("Kimi Delta Attention, chunks", "arXiv:2510.26692", "loop over chunks", kda_chunks, _kda),
     System("RWKV-7", "arXiv:2503.14456", "loop over time", rwkv7, _kda),
     System(
         "mLSTM",

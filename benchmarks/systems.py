@@ -38,8 +38,8 @@ EXACT = 4096
 """Steps up to which errors are measured."""
 N_SQUARED = 16 * 2**30
 """Bytes that one n² tensor of all heads may take, in float32."""
-CHUNK = 256
-"""Of loops over chunks."""
+CHUNKS = 128
+"""That a loop over chunks makes of a long sequence; of a short one fewer, of 64 steps."""
 
 
 def _fla(module: str, function: str) -> Callable[..., Tensor]:
@@ -77,6 +77,8 @@ FLA: dict[str, Callable[..., Tensor]] = {
 """The same functions by fla's kernels, over (batch, time, heads, width)."""
 FLA["Mamba-2, chunks"] = FLA["Mamba-2"]
 FLA["GLA, parallel"] = FLA["GLA"]
+for _name in ("DeltaNet", "Gated DeltaNet", "Kimi Delta Attention"):
+    FLA[f"{_name}, chunks"] = FLA[_name]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Competitor:
     def _call(self) -> Callable[..., Tensor]:
         attend = self.of.attend
         if "chunk" in inspect.signature(attend).parameters and self.of.name != "Agent Attention":
-            attend = partial(attend, chunk=min(CHUNK, self.sizes.n // 4))
+            attend = partial(attend, chunk=max(self.sizes.n // CHUNKS, min(64, self.sizes.n // 4)))
         if self.name == "fla":
             fused = FLA[self.system]
 
