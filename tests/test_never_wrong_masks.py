@@ -254,6 +254,28 @@ def test_rows_that_are_minus_infinity_in_a_captured_bias(how: str) -> None:
     assert agree(f, *heads(), bias).site.verdict == "rewritten"
 
 
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+@pytest.mark.parametrize("then", ["added", "filled"])
+def test_a_padding_mask_that_a_learned_scale_turns_round(scale: float, then: str) -> None:
+    """-inf times a negative number is inf, and inf with the causal mask's -inf is no number: in eager as here."""
+
+    def f(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, padding: torch.Tensor
+    ) -> torch.Tensor:
+        scores = (q @ k.mT + torch.zeros(padding.shape).masked_fill(padding, INF)[:, None, None]) * factor
+        later = torch.ones(16, 16, dtype=torch.bool).triu(1)
+        if then == "added":
+            scores = scores + torch.zeros(16, 16).masked_fill(later, INF)
+        return scores.masked_fill(later, INF).softmax(-1) @ v
+
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, 12:] = True
+    made = agree(f, *heads(grad=False), torch.full((1, 3, 1, 1), scale), padding)
+    assert made.site.verdict == "rewritten"
+    assert made.eager.outputs[1].isnan().any() == (scale <= 0)
+    assert not made.eager.outputs[0].isnan().any()
+
+
 def test_factors_that_make_a_low_number_infinite_on_the_way_are_not_merged() -> None:
     """finfo.min · -1.5 is inf and stays it when halved; finfo.min · -0.75 would be finite."""
 
