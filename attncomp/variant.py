@@ -7,7 +7,7 @@ or attncomp's own op. Variants that use attncomp's op also have `forward` and `b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -126,7 +126,8 @@ class KernelVariant(Variant, Protocol):
 
         out is (B, H, Tq, E) with memory order (B, Tq, H, E). lse is (B, H, Tq) float32: the natural log of the row's
         sum of exponentials; for the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of
-        shape (0,), or the last state (B, H, D, E) where the spec's transition has ``final``.
+        shape (0,), or the last state (B, H, D, E) where the spec's transition has ``final``. Nothing reads row sums
+        where the spec is not `training`: an empty tensor will do.
         """
         ...
 
@@ -139,4 +140,18 @@ class KernelVariant(Variant, Protocol):
         comes as one more keyword argument, `grad_final`, None where nothing reads the state; only variants that accept
         transitions are given it.
         """
+        ...
+
+
+Again: TypeAlias = Callable[[Sequence["torch.Tensor"], Sequence[int]], Any]
+"""Takes the tensors of a call in their order and the values of ``spec.symbols``; returns what the call would, or None
+where it is like no earlier one, and then nothing was done."""
+
+
+@runtime_checkable
+class RepeatingVariant(KernelVariant, Protocol):
+    """A kernel variant that makes calls which are like an earlier one with less host time."""
+
+    def repeats(self, plan: Plan) -> tuple[Again | None, Again | None]:
+        """The passes: forward of (q, k, v, captured...), backward of (q, k, v, out, grad_out, lse, captured...)."""
         ...

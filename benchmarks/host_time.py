@@ -6,12 +6,14 @@ compares whole calls: torch's SDPA (causal, without the cap), attncomp's operato
 that are compiled. The second takes a call of the generated kernel apart:
 
     function        what inductor's code calls
-    signature       how the tensors lie in memory, and their addresses
-    lookup          of what was prepared for a signature
-    allocation      of the outputs
-    launch          of the kernels of the pass, with tensor maps that are kept
+    check           whether the call repeats an earlier one
+    straight call   what is then done: addresses, allocation, launches
+    allocation      of the results alone
+    launcher in C   of the kernels of the pass, called with their arguments
+    one argument    of a kernel that does nothing, the least that the driver and Triton's function in C take
+    first kind      a call that repeats none of the last: signature, lookup, allocation, launches
+    signature       of it, how the tensors lie in memory, and their addresses
     tensor maps     of one launch, made anew, as where addresses are met for the first time
-    launcher in C   of the same launch, called with its arguments
     Triton's way    the same launch as Triton documents it, through `compiled[grid](*args)`
     preparing       what is done once for each way that tensors lie in memory
 
@@ -130,7 +132,7 @@ def layers(plan: Plan, inputs: list[Tensor], digest: str, *, backward: bool) -> 
     kernels = kernels_of(ops.resolve(digest)[0])
     out, lse = ops.run_attention(q, k, v, [], [], digest)
     tensors = [q, k, v, out, torch.randn_like(out), lse] if backward else [q, k, v]
-    memo = kernels.backwards if backward else kernels.forwards
+    calls = kernels.backwards if backward else kernels.forwards
     prepare = kernels.backward if backward else kernels.forward
 
     def whole() -> Any:
@@ -140,40 +142,65 @@ def layers(plan: Plan, inputs: list[Tensor], digest: str, *, backward: bool) -> 
 
     whole()
     key, _ = signature(tensors, [])
-    call = memo.get(key)
+    call = calls.memo.get(key)
     assert call is not None
+    whole()
     every = tensors + [output.allocate() for output in call._outputs]
     addresses = [t.data_ptr() for t in every]
     stream = launch.current_stream(call._index)
-
-    def launches() -> None:
-        for one in call._launches:
-            one(every, addresses, stream)
-
-    found: dict[str, Call] = {
-        "function": whole,
-        "signature": lambda: signature(tensors, []),
-        "lookup": lambda: memo.get(key),
-        "allocation": lambda: [output.allocate() for output in call._outputs],
-        f"launch ({len(call._launches)})": launches,
-    }
+    results = call._outputs[: call.results]
+    found: dict[str, Call] = {"function": whole}
+    if calls.repeats._calls:
+        ((check, _, straight),) = calls.repeats._calls[:1]
+        found["check"] = lambda: check(*tensors)
+        found["straight call"] = lambda: straight(*tensors)
+    found[f"allocation ({len(results)})"] = lambda: [output.allocate() for output in results]
+    launches = []
+    for one in call._launches:
+        direct = one.direct
+        if direct is not None:
+            given = [x for (n, box), f in zip(one.boxes, direct.describe, strict=False) for x in f(box.of(every[n]))]
+            given += [*(addresses[n] for n in one._taken), *one._numbers]
+            text, names = direct.text("grid", "stream", ["*given"], "")
+            space = {"grid": one._grid, "stream": stream, "given": given, **names}
+            launches.append(eval(f"lambda: {text}", space))
+    if launches:
+        found[f"launcher in C ({len(launches)})"] = lambda: [one() for one in launches]
+    found["first kind"] = lambda: calls.run(tensors, [])
+    found["signature"] = lambda: signature(tensors, [])
     first = call._launches[0]
-    direct = first._code.direct
-    boxes = [(n, box, described) for (n, box), described in zip(first._boxes, _describers(direct), strict=False)]
-    if direct is not None:
-        arguments = [x for n, box, describe in boxes for x in describe(box.of(every[n]))]
-        arguments += [*(addresses[n] for n in first._taken), *first._numbers]
-        if boxes:
-            found[f"tensor maps ({len(boxes)})"] = lambda: [describe(box.of(every[n])) for n, box, describe in boxes]
-        found["launcher in C"] = lambda: direct(first._grid, stream, arguments)
-    values = [*(box.of(every[n]) for n, box in first._boxes), *(every[n] for n in first._taken), *first._numbers]
+    if first.direct is not None and first.boxes:
+        boxes = list(zip(first.boxes, first.direct.describe, strict=False))
+        found[f"tensor maps ({len(boxes)})"] = lambda: [describe(box.of(every[n])) for (n, box), describe in boxes]
+    values = [*(box.of(every[n]) for n, box in first.boxes), *(every[n] for n in first._taken), *first._numbers]
     found["Triton's way"] = lambda: first._code.launch(first._grid, values, False)
     found["preparing"] = lambda: prepare(tensors, [])
     return found
 
 
-def _describers(direct: DirectCall | None) -> Sequence[Callable[[Any], list[Any]]]:
-    return () if direct is None else direct.describe
+def _nothing() -> Any:
+    """A kernel of one argument that does nothing."""
+    import triton
+
+    @triton.jit
+    def nothing(x: Any) -> None:
+        pass
+
+    return nothing
+
+
+def least_launch() -> Call:
+    """Launches a kernel that does nothing as a straight call launches one."""
+    one = launch.Launch(_nothing(), 4)
+    x = torch.empty(16, device="cuda")
+    for _ in range(2):
+        one(1, [x], [])
+    device, pointer = torch.cuda.current_device(), x.data_ptr()
+    direct = one.code(device, [(True, x.dtype, device)], []).direct
+    assert direct is not None
+    text, names = direct.text("1", "stream", ["pointer"], "")
+    call: Call = eval(f"lambda: {text}", {"stream": launch.current_stream(device), "pointer": pointer, **names})
+    return call
 
 
 def without_launches() -> None:
@@ -217,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         for backward in (False, True):
             found = layers(plan, inputs, digest, backward=backward)
+            if args.device == "cuda":
+                found["one argument"] = least_launch()
             title = f"layers of the {'backward' if backward else 'forward'} pass"
             m.say("\n" + m.table([title, "µs"], [[name, us(call)] for name, call in found.items()]))
 

@@ -22,6 +22,7 @@ from attncomp.codegen.tiled_source import (
     common_context,
     element_mask,
     exponent_of,
+    forward_tensors,
     is_bounded,
     narrowed,
     phases_of,
@@ -37,7 +38,7 @@ _RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "k_full", "k_free
 
 def hopper_arguments(plan: Plan) -> Arguments:
     """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and `Schedule.near`."""
-    own, tile = ("q", "k", "v", "out", "stat"), plan.params["hopper"]
+    own, tile = forward_tensors(plan.spec), plan.params["hopper"]
     reads = tile_reads(plan.spec, plan.proof)
     tiles = tuple(Described(r.descriptor, r.tensor, "rows", tile["block_n"], r.rank) for r in reads)
     found = arguments_of(plan, own, own[:3], ("NB", "NEAR"), descriptors=True, tiles=tiles)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class PreparedLaunch:
     takes as pointers, and `boxes` which of them through descriptors, with what makes these; by position.
     """
 
-    __slots__ = ("_boxes", "_code", "_grid", "_interpreted", "_maps", "_numbers", "_taken")
+    __slots__ = ("_code", "_grid", "_interpreted", "_maps", "_numbers", "_taken", "boxes")
 
     def __init__(
         self,
@@ -117,9 +118,19 @@ class PreparedLaunch:
         self._grid = grid
         self._taken = tuple(taken)
         self._numbers = tuple(numbers)
-        self._boxes = tuple(boxes)
+        self.boxes = tuple(boxes)
         # Of each descriptor, what stands for it in the arguments, by address: shape and strides are fixed.
         self._maps: tuple[dict[int, list[Any]], ...] = tuple({} for _ in boxes)
+
+    @property
+    def direct(self) -> DirectCall | None:
+        """How to launch without Triton's Python; None before the first launch, and where that can't be done."""
+        return self._code.direct
+
+    @property
+    def reads(self) -> set[int]:
+        """The tensors that the kernel is given, by position."""
+        return {*self._taken, *(n for n, _ in self.boxes)}
 
     def resources(self) -> dict[str, int] | None:
         """As of `Code`; None in the interpreter."""
@@ -129,22 +140,46 @@ class PreparedLaunch:
         """pointers: the addresses of `tensors`. stream: of the current device; read only where there is one."""
         direct = self._code.direct
         if direct is None or watched():
-            boxes = [box.of(tensors[n]) for n, box in self._boxes]
+            boxes = [box.of(tensors[n]) for n, box in self.boxes]
             self._code.launch(
                 self._grid, (*boxes, *[tensors[n] for n in self._taken], *self._numbers), self._interpreted
             )
             return
         arguments: list[Any] = []
-        for m, (n, box) in enumerate(self._boxes):
+        for m, (n, _) in enumerate(self.boxes):
             found = self._maps[m].get(pointers[n])
-            if found is None:
-                if len(self._maps[m]) >= _MAPS:
-                    self._maps[m].clear()
-                found = self._maps[m][pointers[n]] = direct.describe[m](box.of(tensors[n]))
-            arguments += found
+            arguments += self._map(m, tensors[n], pointers[n]) if found is None else found
         arguments += [pointers[n] for n in self._taken]
         arguments += self._numbers
         direct(self._grid, stream, arguments)
+
+    def _map(self, m: int, tensor: torch.Tensor, pointer: int) -> list[Any]:
+        """What stands for box m over a tensor, from now on kept under its address."""
+        direct = self._code.direct
+        assert direct is not None  # who asks has seen to it
+        if len(self._maps[m]) >= _MAPS:
+            self._maps[m].clear()
+        made = self._maps[m][pointer] = direct.describe[m](self.boxes[m][1].of(tensor))
+        return made
+
+    def lines(self, place: int) -> tuple[list[str], dict[str, Any]]:
+        """This launch as lines of Python, and what the names in them stand for.
+
+        The lines read ``stream``, and ``pN`` and ``tN``, address and tensor of number N (the tensor only of boxes).
+        place: makes the names differ from those of other launches.
+        """
+        direct = self._code.direct
+        assert direct is not None
+        names = {f"g{place}": self._grid, f"n{place}": self._numbers}
+        lines, arguments = [], []
+        for m, (n, _) in enumerate(self.boxes):
+            name = f"{place}_{m}"
+            names |= {f"kept{name}": self._maps[m].get, f"map{name}": partial(self._map, m)}
+            lines.append(f"m{name} = kept{name}(p{n}) or map{name}(t{n}, p{n})")
+            arguments.append(f"*m{name}")
+        arguments += [*(f"p{n}" for n in self._taken), f"*n{place}"]
+        text, values = direct.text(f"g{place}", "stream", arguments, str(place))
+        return [*lines, text], names | values
 
 
 def current_stream(device: int) -> int:

@@ -16,7 +16,7 @@ from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
 from attncomp.expr import loads_of
 from attncomp.plan import Plan
-from attncomp.variant import Inputs, KernelVariant
+from attncomp.variant import Again, Inputs, KernelVariant, RepeatingVariant
 
 _LIBRARY = torch.library.Library("attncomp", "DEF")
 _LIBRARY.define(
@@ -30,6 +30,8 @@ _LIBRARY.define(
 )
 
 _plans: dict[str, tuple[Plan, KernelVariant]] = {}
+_repeats: dict[str, tuple[Again | None, Again | None]] = {}
+"""Of a plan, how forward and backward calls are made that repeat an earlier one."""
 _lock = threading.Lock()
 
 
@@ -96,6 +98,11 @@ def _returns_state(plan: Plan) -> bool:
     return plan.spec.transition is not None and plan.spec.transition.final
 
 
+def _returns_rows(plan: Plan) -> bool:
+    """Whether the second result has a number for each row; otherwise it is empty, or the last state."""
+    return plan.spec.training and plan.spec.normaliser.kind != "none"
+
+
 def state_dtype(plan: Plan, q: torch.Tensor, captured: Any) -> torch.dtype:
     """The dtype of the last state: the initial one's, else float32 (float64 for float64 inputs)."""
     transition = plan.spec.transition
@@ -109,14 +116,30 @@ def state_dtype(plan: Plan, q: torch.Tensor, captured: Any) -> torch.dtype:
 
 def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the operator does below autograd."""
+    again = _repeats.get(digest, _NEVER)[0]
+    if again is not None:
+        found: tuple[torch.Tensor, torch.Tensor] | None = again((q, k, v, *captured), sizes)
+        if found is not None:
+            return found
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
     out, lse = variant.forward(plan, Inputs(q, k, v, captured, sizes))
-    if lse.dim() == 1 and plan.spec.normaliser.kind != "none":
-        # The variant's backward pass needs no row sums; what the operator returns has the same shape for every variant.
-        lse = lse.new_zeros(out.shape[:3])
+    # Not every variant's backward pass needs row sums, and some make them where there is none to need them; what the
+    # operator returns has the same shape for every variant.
+    if not _returns_state(plan) and (lse.dim() == 1) == _returns_rows(plan):
+        lse = lse.new_zeros(out.shape[:3] if _returns_rows(plan) else (0,))
+    _keep_repeats(digest, plan, variant)
     return out, lse
+
+
+_NEVER = (None, None)
+
+
+def _keep_repeats(digest: str, plan: Plan, variant: KernelVariant) -> None:
+    """From now on, calls that repeat an earlier one are made without looking for plan and variant."""
+    if digest not in _repeats:
+        _repeats[digest] = variant.repeats(plan) if isinstance(variant, RepeatingVariant) else _NEVER
 
 
 def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +148,7 @@ def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
     plan, _ = resolve(digest)
     if _returns_state(plan):
         return out, q.new_empty((batch, heads, q.shape[-1], v.shape[-1]), dtype=state_dtype(plan, q, captured))
-    lse_shape = (0,) if plan.spec.normaliser.kind == "none" else (batch, heads, length)
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return out, q.new_empty((batch, heads, length) if _returns_rows(plan) else (0,), dtype=torch.float32)
 
 
 def run_attention_backward(
@@ -142,7 +164,13 @@ def run_attention_backward(
     grad_final: Any = None,
 ) -> list[torch.Tensor]:
     """What the backward operator does."""
+    again = _repeats.get(digest, _NEVER)[1]
+    if again is not None and grad_final is None:
+        made: list[torch.Tensor] | None = again((q, k, v, out, grad_out, lse, *captured), sizes)
+        if made is not None:
+            return made
     plan, variant = resolve(digest)
+    _keep_repeats(digest, plan, variant)
     if grad_final is not None:
         takes_state: Any = variant.backward  # a variant that accepted a transition
         found: list[torch.Tensor] = takes_state(
@@ -181,6 +209,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captured = ctx.saved_tensors
     plan, _ = resolve(ctx.digest)
+    if not plan.spec.training:
+        raise RuntimeError(
+            "the plan of this attention was made where no gradients were needed, and keeps nothing for them"
+        )
     # torch takes an empty list for a list of tensors, and wants a list back
     no_sizes: list[None] | None = None if ctx.sizes else []
     if not _returns_state(plan):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -62,14 +63,15 @@ class Output:
     like: a tensor on the meta device with its shape, strides and dtype. zeroed: whether it begins as zeros.
     """
 
-    __slots__ = ("_device", "_dtype", "_fast", "_size", "_stride", "_zeroed")
+    __slots__ = ("_device", "_dtype", "_fast", "_size", "_stride", "bytes", "zeroed")
 
     def __init__(self, like: torch.Tensor, device: torch.device, *, zeroed: bool = False) -> None:
+        self.bytes = like.numel() * like.element_size()
         self._size = tuple(like.shape)
         self._stride = like.stride()
         self._dtype = like.dtype
         self._device = device
-        self._zeroed = zeroed
+        self.zeroed = zeroed
         # What inductor's code allocates with on the current device: no dispatcher, half the time.
         self._fast = getattr(_GUARDS, "_empty_strided_cuda", None) if device.type == "cuda" else None
 
@@ -79,7 +81,15 @@ class Output:
             made: torch.Tensor = self._fast(self._size, self._stride, self._dtype)
         else:
             made = torch.empty_strided(self._size, self._stride, dtype=self._dtype, device=self._device)
-        return made.zero_() if self._zeroed else made
+        return made.zero_() if self.zeroed else made
+
+    def call(self, suffix: str) -> tuple[str, dict[str, Any]]:
+        """Python that allocates (and writes no zeros), and what the names in it stand for."""
+        names: dict[str, Any] = {"size": self._size, "stride": self._stride, "dtype": self._dtype}
+        if self._fast is not None:
+            text = f"allocate(size{suffix}, stride{suffix}, dtype{suffix})"
+            return text, {"allocate": self._fast, **{f"{n}{suffix}": value for n, value in names.items()}}
+        return f"allocate{suffix}()", {f"allocate{suffix}": partial(torch.empty_strided, **names, device=self._device)}
 
 
 _GUARDS = getattr(torch._C._dynamo, "guards", None)

@@ -13,7 +13,7 @@ import torch
 
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.launch import PreparedLaunch
-from attncomp.codegen.prepared import Memo, Output, meta
+from attncomp.codegen.prepared import Output, meta
 from attncomp.codegen.printer import LONGEST
 from attncomp.codegen.split_kv_source import (
     merge_arguments,
@@ -26,12 +26,12 @@ from attncomp.codegen.split_kv_source import (
 from attncomp.codegen.split_kv_tiles import MERGE, equal_splits, more_splits
 from attncomp.codegen.tiled_launch import (
     FORWARD_INPUTS,
+    Calls,
     Kernel,
     PreparedCall,
     by_name,
-    run_prepared,
 )
-from attncomp.codegen.tiled_source import Arguments, common_context
+from attncomp.codegen.tiled_source import Arguments, common_context, keeps_rows
 from attncomp.plan import Plan
 from attncomp.variant import Inputs
 
@@ -41,7 +41,7 @@ class SplitKernels:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan  # kept, so that its id stays its own
-        self.forwards: Memo[PreparedCall] = Memo()
+        self.forwards = Calls(self.forward)
         self._schedule = schedule_of(plan)
         self._tile: dict[str, int] = dict(plan.params["split"])
         context = common_context(plan)
@@ -59,7 +59,7 @@ class SplitKernels:
             raise ValueError(f"split-KV attention covers sequences of up to {LONGEST}, not {max(queries, keys)}")
         made = {
             "out": meta((batch, queries, heads, width), q.dtype),
-            "stat": meta((batch, heads, queries), torch.float32),
+            "stat": meta((batch, heads, queries) if keeps_rows(self.plan.spec) else (0,), torch.float32),
         }
         block_m = self._tile["block_m"]
         places = -(-queries * self._group // block_m) * self._kv_heads
@@ -78,7 +78,7 @@ class SplitKernels:
             kernels[name].prepare(grid, given, lengths, sizes) for name, grid in grids.items() if grid
         ]
         made["out"] = made["out"].transpose(1, 2)
-        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches)
+        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches, 2)
 
     def _slots(self, batch: int, places: int, keys: int, device: torch.device) -> tuple[int, dict[str, int]]:
         """Programs for each tile of rows, of all sequences together, and the integer that says so to the kernel."""
@@ -134,6 +134,5 @@ def split_kernels_of(plan: Plan) -> SplitKernels:
 def forward(kernels: SplitKernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, *captured]
-    out, lse, *_ = run_prepared(kernels.forwards, kernels.forward, tensors, sizes)
+    out, lse = kernels.forwards.run([q, k, v, *captured], sizes)
     return out, lse

@@ -25,8 +25,10 @@ from attncomp.codegen.tiled_source import (
     common_context,
     element_mask,
     exponent_of,
+    forward_tensors,
     integer_size,
     is_bounded,
+    keeps_rows,
     phases_of,
     program_context,
     static_length,
@@ -63,7 +65,7 @@ def schedule_of(plan: Plan) -> Schedule:
 
 def whole_arguments(plan: Plan) -> Arguments:
     """The arguments of ``whole``. ``stat`` receives the logarithms of the rows' sums."""
-    return arguments_of(plan, ("q", "k", "v", "out", "stat"), ("q", "k", "v"), descriptors=False)
+    return arguments_of(plan, forward_tensors(plan.spec), ("q", "k", "v"), descriptors=False)
 
 
 def partial_arguments(plan: Plan) -> Arguments:
@@ -78,7 +80,8 @@ def partial_arguments(plan: Plan) -> Arguments:
 def merge_arguments(plan: Plan) -> Arguments:
     """The arguments of ``merge``."""
     host = schedule_of(plan) == "host"
-    tensors = ("maxima", "sums", "accs", *(() if host else ("shares_of",)), "out", "stat")
+    table, rows = () if host else ("shares_of",), ("stat",) if keeps_rows(plan.spec) else ()
+    tensors = ("maxima", "sums", "accs", *table, "out", *rows)
     lengths = ("TQ",) if static_length(plan.spec, "i") is None else ()
     return Arguments((), tensors, (), (*lengths, *(("SPLITS",) if host else ())), ())
 

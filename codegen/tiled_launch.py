@@ -23,6 +23,7 @@ from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
+from attncomp.codegen.straight_calls import Repeats, Straight, straight_call
 from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_backward_source import (
@@ -34,13 +35,16 @@ from attncomp.codegen.tiled_backward_source import (
     stored_reads,
     stored_tensors,
 )
-from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source
+from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source, keeps_rows
 from attncomp.plan import Plan
-from attncomp.variant import Inputs
+from attncomp.variant import Again, Inputs
 
 FORWARD_INPUTS = ("q", "k", "v")
 BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
 """The tensors that are given to each direction, before the captured ones."""
+_ADDED = 4
+"""How often one call becomes one that repeats. It is forgotten where many kinds of calls take turns, and noting it each
+time would cost more than it saves."""
 
 
 class Kernel:
@@ -166,12 +170,19 @@ class Launcher:
 class PreparedCall:
     """A pass of an attention with everything fixed but its tensors: what it allocates and what it launches."""
 
-    __slots__ = ("_index", "_launches", "_outputs")
+    __slots__ = ("_device", "_index", "_launches", "_outputs", "_straight", "added", "results")
 
-    def __init__(self, device: torch.device, outputs: Sequence[Output], launches: Sequence[PreparedLaunch]) -> None:
+    def __init__(
+        self, device: torch.device, outputs: Sequence[Output], launches: Sequence[PreparedLaunch], results: int
+    ) -> None:
+        """results: how many of the outputs are read after the call, the first ones."""
+        self._device = device
         self._index = device.index if device.type == "cuda" else -1
         self._outputs = tuple(outputs)
         self._launches = tuple(launches)
+        self._straight: Straight | None = None
+        self.results = results
+        self.added = 0  # how often it was added to what repeats
 
     def __call__(self, tensors: list[torch.Tensor], pointers: list[int]) -> list[torch.Tensor]:
         """The tensors that were allocated and written. pointers: the addresses of `tensors`."""
@@ -194,21 +205,38 @@ class PreparedCall:
         stream = current_stream(self._index)
         for launch in self._launches:
             launch(tensors, pointers, stream)
+        return made[: self.results]
+
+    def straight(self, count: int) -> Straight | None:
+        """The same without the checks, for `count` aligned tensors; None before the kernels have been launched."""
+        if self._straight is None:
+            self._straight = straight_call(count, self._device, self._outputs, self.results, self._launches)
+        return self._straight
+
+
+class Calls:
+    """The calls of one pass of a plan: what was prepared for tensors by how they lie in memory, and what repeats."""
+
+    __slots__ = ("_prepare", "memo", "repeats")
+
+    def __init__(self, prepare: Callable[[Sequence[torch.Tensor], Sequence[int]], PreparedCall]) -> None:
+        self._prepare = prepare
+        self.memo: Memo[PreparedCall] = Memo()
+        self.repeats = Repeats()
+
+    def run(self, tensors: list[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """The results for these tensors; prepared now if there was no call like it yet."""
+        key, pointers = signature(tensors, sizes)
+        call = self.memo.get(key)
+        if call is None:
+            call = self.memo.keep(key, self._prepare(tensors, sizes))
+        made = call(tensors, pointers)
+        if call.added < _ADDED and not any(pointer % ALIGNMENT for pointer in pointers):
+            straight = call.straight(len(tensors))
+            if straight is not None:
+                call.added += 1
+                self.repeats.add(tensors, sizes, straight)
         return made
-
-
-def run_prepared(
-    memo: Memo[PreparedCall],
-    prepare: Callable[[Sequence[torch.Tensor], Sequence[int]], PreparedCall],
-    tensors: list[torch.Tensor],
-    sizes: Sequence[int],
-) -> list[torch.Tensor]:
-    """Run what `memo` keeps for tensors that lie in memory like these, prepared now if there is nothing yet."""
-    key, pointers = signature(tensors, sizes)
-    call = memo.get(key)
-    if call is None:
-        call = memo.keep(key, prepare(tensors, sizes))
-    return call(tensors, pointers)
 
 
 def by_name(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -236,8 +264,8 @@ class Kernels:
         self.stored = stored_tensors(self.spec)
         whole = all(map(has_every_pair, parts))
         self.covered = {f"g{x.load.tensor}" for x in stored_reads(self.spec)} if whole else set()
-        self.forwards: Memo[PreparedCall] = Memo()
-        self.backwards: Memo[PreparedCall] = Memo()
+        self.forwards = Calls(self.forward)
+        self.backwards = Calls(self.backward)
 
     def forward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The forward pass over tensors like these (`FORWARD_INPUTS`, then the captured ones)."""
@@ -246,14 +274,13 @@ class Kernels:
         batch, heads, queries, _ = q.shape
         if max(queries, k.shape[2]) > LONGEST:
             raise ValueError(f"tiled attention covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}")
-        with_lse = self.spec.normaliser.kind == "softmax"
         made = {
             "out": meta((batch, queries, heads, v.shape[-1]), q.dtype),
-            "stat": meta((batch, heads, queries) if with_lse else (0,), torch.float32),
+            "stat": meta((batch, heads, queries) if keeps_rows(self.spec) else (0,), torch.float32),
         }
         launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes).values()]
         made["out"] = made["out"].transpose(1, 2)
-        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches)
+        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches, 2)
 
     def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The backward pass over tensors like these (`BACKWARD_INPUTS`, then the captured ones)."""
@@ -275,7 +302,7 @@ class Kernels:
         rows = {name: meta((batch, heads, queries), torch.float32) for name in ("delta", "shifts", "spreads")}
         outputs += [Output(t, q.device) for t in rows.values()]
         launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes).values()]
-        return PreparedCall(q.device, outputs, launches)
+        return PreparedCall(q.device, outputs, launches, len(made))
 
 
 _kernels: dict[int, Kernels] = {}
@@ -297,8 +324,7 @@ def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None
 def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """As `KernelVariant.forward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, *captured]
-    out, lse = run_prepared(kernels.forwards, kernels.forward, tensors, sizes)
+    out, lse = kernels.forwards.run([q, k, v, *captured], sizes)
     return out, lse
 
 
@@ -307,11 +333,30 @@ def backward(
 ) -> list[torch.Tensor]:
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
-    tensors = [q, k, v, out, grad_out, lse, *captured]
-    dq, dk, dv, *more = run_prepared(kernels.backwards, kernels.backward, tensors, sizes)
-    grads = [dq, _of_one_batch(dk, k), _of_one_batch(dv, v)]
-    for name, grad in zip(kernels.learned, more, strict=False):  # rows of the kernels' own follow
-        grads.append(grad.to(captured[kernels.captured.index(name)].dtype))
+    made = kernels.backwards.run([q, k, v, out, grad_out, lse, *captured], sizes)
+    return gradients(kernels, made, inputs)
+
+
+def repeats(kernels: Kernels) -> tuple[Again, Again]:
+    """As `RepeatingVariant.repeats`."""
+
+    def again(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
+        made = kernels.backwards.repeats.again(tensors, sizes)
+        if made is None:
+            return None
+        q, k, v = tensors[:3]
+        return gradients(kernels, made, Inputs(q, k, v, tensors[len(BACKWARD_INPUTS) :], sizes))
+
+    return kernels.forwards.repeats.again, again
+
+
+def gradients(kernels: Kernels, made: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
+    """What the kernels made, in the shapes and dtypes of what they are gradients of."""
+    dq, dk, dv, *more = made
+    grads = [dq, _of_one_batch(dk, inputs.k), _of_one_batch(dv, inputs.v)]
+    for name, grad in zip(kernels.learned, more, strict=True):
+        tensor = inputs.captured[kernels.captured.index(name)]
+        grads.append(grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype))
     return grads
 
 

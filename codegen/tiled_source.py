@@ -221,8 +221,18 @@ def kernel_expressions(plan: Plan) -> tuple[Expr, ...]:
 
 
 def forward_arguments(plan: Plan, descriptors: bool = False) -> Arguments:
-    """The arguments of ``forward``. ``stat`` receives the logarithms of the rows' sums (softmax only)."""
-    return arguments_of(plan, ("q", "k", "v", "out", "stat"), ("q", "k", "v"), descriptors=descriptors)
+    """The arguments of ``forward``. ``stat`` receives the logarithms of the rows' sums (`keeps_rows`)."""
+    return arguments_of(plan, forward_tensors(plan.spec), ("q", "k", "v"), descriptors=descriptors)
+
+
+def forward_tensors(spec: AttentionSpec) -> tuple[str, ...]:
+    """What every kernel of the forward pass reads and writes."""
+    return ("q", "k", "v", "out", *(("stat",) if keeps_rows(spec) else ()))
+
+
+def keeps_rows(spec: AttentionSpec) -> bool:
+    """Whether the forward pass writes the logarithms of the rows' sums, which only the backward pass reads."""
+    return spec.training and spec.normaliser.kind == "softmax"
 
 
 def forward_source(plan: Plan, descriptors: bool = False) -> str:
@@ -351,6 +361,7 @@ def common_context(plan: Plan) -> dict[str, Any]:
         "tq": static_length(spec, "i"),
         "tk": static_length(spec, "j"),
         "softmax": spec.normaliser.kind == "softmax",
+        "keeps_rows": keeps_rows(spec),
         "normaliser": spec.normaliser.kind,
         "empty": spec.normaliser.empty,
         "eps": repr(float(spec.normaliser.eps)),

@@ -44,7 +44,7 @@ class DirectCall:
     order: what stands in the arguments for it, which holds no tensor.
     """
 
-    __slots__ = ("_after", "_before", "_compiled", "_launch", "_packed", "describe")
+    __slots__ = ("_before", "_compiled", "_launch", "_packed", "describe")
 
     def __init__(
         self,
@@ -56,16 +56,24 @@ class DirectCall:
     ) -> None:
         self._compiled = compiled  # its code is unloaded with it
         self._launch = launch
-        self._before = before
-        self._after = after or ()
+        self._before = (*before, *(after or ()))
         self._packed = after is not None
         self.describe = tuple(describe)
 
     def __call__(self, grid: int, stream: int, arguments: Sequence[Any]) -> None:
         if self._packed:
-            self._launch(grid, 1, 1, stream, *self._before, *self._after, arguments)
+            self._launch(grid, 1, 1, stream, *self._before, arguments)
         else:
             self._launch(grid, 1, 1, stream, *self._before, *arguments)
+
+    def text(self, grid: str, stream: str, arguments: Sequence[str], suffix: str) -> tuple[str, dict[str, Any]]:
+        """The same as a line of Python over other expressions, and what its names stand for, which end in `suffix`."""
+        given = ", ".join(arguments)
+        if self._packed:
+            given = f"[{given}]"
+        line = f"launch{suffix}({grid}, 1, 1, {stream}, *before{suffix}, {given})"
+        # The bound object: it keeps the compiled kernel, whose code is unloaded with it.
+        return line, {f"launch{suffix}": self._launch, f"before{suffix}": self._before, f"owner{suffix}": self}
 
 
 def direct_call(compiled: Any) -> DirectCall | None:

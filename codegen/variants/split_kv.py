@@ -23,7 +23,7 @@ from attncomp.codegen.tabulate import tabulate
 from attncomp.codegen.variants.tiled import rejected_device, rejected_form, rejected_shapes, with_tables
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
+from attncomp.variant import Again, Exactness, Family, Inputs, Offer, Rejection, Request
 
 MOST_QUERIES = 64
 """Beyond it, there are tiles of queries enough, and `tiled` has larger ones."""
@@ -74,6 +74,9 @@ class SplitKV:
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(split_kernels_of(plan), inputs)
+
+    def repeats(self, plan: Plan) -> tuple[Again, None]:
+        return split_kernels_of(plan).forwards.repeats.again, None
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs

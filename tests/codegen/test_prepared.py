@@ -142,7 +142,7 @@ def test_the_form_follows_how_tensors_lie_in_memory() -> None:
 
     def described(*tensors: torch.Tensor) -> int:
         (launch,) = kernels.forward(tensors, ())._launches
-        return len(launch._boxes)
+        return len(launch.boxes)
 
     q, k, v = _qkv()
     assert described(q, k, v) == 3
@@ -159,7 +159,7 @@ def test_the_integers_are_those_of_the_layout() -> None:
 
     def numbers(*tensors: torch.Tensor) -> tuple[int, ...]:
         (launch,) = kernels.forward(tensors, ())._launches
-        assert not launch._boxes
+        assert not launch.boxes
         return tuple(launch._numbers[:12])
 
     q, k, v = _qkv(torch.float32)
@@ -203,7 +203,7 @@ def test_threads_are_given_their_own_tensors(monkeypatch: pytest.MonkeyPatch) ->
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
-    assert len(kernels.forwards) == 3
+    assert len(kernels.forwards.memo) == 3
 
 
 def _copy_first(code: Any, grid: int, values: Sequence[Any], interpreted: bool) -> None:
@@ -297,8 +297,8 @@ def test_later_calls_on_a_device_are_direct_and_right(dtype: str) -> None:
     stream.synchronize()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: check(), range(16)))
-    assert len(kernels_of(plan).forwards) == 2
-    launches = [x for call in kernels_of(plan).forwards._made.values() for x in call._launches]
+    assert len(kernels_of(plan).forwards.memo) == 2
+    launches = [x for call in kernels_of(plan).forwards.memo._made.values() for x in call._launches]
     assert all(x._code.direct is not None for x in launches), "this Triton's launcher is not as known"
 
 

@@ -1,0 +1,156 @@
+"""A call that repeats one that was made, as straight-line Python.
+
+What is left to do for tensors that lie in memory as those of an earlier call is to ask for addresses, to allocate and
+to launch. Written as loops over what was prepared, that takes longer than the driver does; so it is written out, a line
+for each step. The text depends on how many tensors and kernels there are and not on their sizes, which are values that
+its names stand for: one text serves all lengths, and is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from attncomp.codegen.launch import PreparedLaunch
+from attncomp.codegen.prepared import ALIGNMENT, Output, meta
+from attncomp.codegen.triton_calls import watched
+
+GRAIN = 256
+"""Bytes to which pieces of memory between kernels are aligned."""
+
+Straight = Callable[..., Any]
+"""Takes the tensors of a call; returns its results, or None if this call must be made in another way."""
+
+
+def straight_call(
+    count: int, device: torch.device, outputs: Sequence[Output], results: int, launches: Sequence[PreparedLaunch]
+) -> Straight | None:
+    """The call for `count` tensors that are aligned and lie in memory as those it was prepared for.
+
+    outputs: what is allocated, of which the first `results` are returned and no one sees the others. None where a
+    kernel was not launched yet, or is not to be launched directly.
+    """
+    if any(launch.direct is None for launch in launches):
+        return None
+    index = device.index if device.type == "cuda" else -1
+    names: dict[str, Any] = {"watched": watched, "misaligned": _misaligned}
+    lines = []
+    inputs = [f"t{n}" for n in range(count)]
+    if index >= 0:
+        # Both are functions in C, and what is called must be called on the current device.
+        names |= {"device": index, "current": torch._C._cuda_getDevice, "stream_of": torch._C._cuda_getCurrentRawStream}
+        lines += ["if current() != device: return None", "stream = stream_of(device)"]
+    else:
+        lines.append("stream = 0")
+    lines += [f"p{n} = t{n}.data_ptr()" for n in range(count)]
+    lines.append(f"if ({' | '.join(f'p{n}' for n in range(count))}) & {ALIGNMENT - 1} or watched(): return None")
+
+    read = {n for launch in launches for n in launch.reads}
+    described = {n for launch in launches for n, _ in launch.boxes}
+    between = [n for n in range(results, len(outputs)) if count + n not in described and not outputs[n].zeroed]
+    if len(between) > 1:  # tensors of their own only where someone wants a tensor
+        room = 0
+        pieces = []
+        for n in between:
+            pieces.append(f"p{count + n} = room_at + o{n}")
+            names[f"o{n}"] = room
+            room += -(-outputs[n].bytes // GRAIN) * GRAIN
+        text, values = Output(meta((room,), torch.uint8), device).call("_room")
+        names |= values
+        lines += [f"room = {text}", "room_at = room.data_ptr()", *pieces]
+        fresh = ["room_at"]
+    else:
+        between, fresh = [], []
+    for n, output in enumerate(outputs):
+        if n in between:
+            continue
+        t = count + n
+        text, values = output.call(f"_{n}")
+        names |= values
+        lines.append(f"t{t} = {text}")
+        if output.zeroed:
+            lines.append(f"t{t}.zero_()")
+        if t in read:
+            lines.append(f"p{t} = t{t}.data_ptr()")
+            fresh.append(f"p{t}")
+    if index >= 0 and fresh:
+        lines.append(f"if ({' | '.join(fresh)}) & {ALIGNMENT - 1}: misaligned()")
+    for m, launch in enumerate(launches):
+        written, values = launch.lines(m)
+        names |= values
+        lines += written
+    lines.append("return " + ", ".join(f"t{count + n}" for n in range(results)))
+    return _maker(tuple(names), tuple(inputs), tuple(lines))(**names)
+
+
+@lru_cache(maxsize=256)
+def _maker(names: Sequence[str], inputs: Sequence[str], lines: Sequence[str]) -> Callable[..., Straight]:
+    """The function that binds the names and returns the call."""
+    text = "\n".join(
+        [
+            f"def make({', '.join(names)}):",
+            f"    def call({', '.join(inputs)}):",
+            *(f"        {line}" for line in lines),
+            "    return call",
+        ]
+    )
+    space: dict[str, Any] = {}
+    exec(compile(text, "<attncomp call>", "exec"), space)
+    made: Callable[..., Straight] = space["make"]
+    return made
+
+
+def _misaligned() -> None:
+    raise RuntimeError(f"the allocator of this process gives memory that is not aligned to {ALIGNMENT} bytes")
+
+
+class Repeats:
+    """Calls of one pass of a plan that were made lately: each is recognised by one check in C.
+
+    The check of torch's own guards compares type, dtype, device, shape and strides, and whether a gradient is wanted:
+    more than the signature of a call, but for the alignment, which the call looks at itself.
+    """
+
+    __slots__ = ("_calls",)
+
+    MOST = 4
+    """Kinds of calls. A check that fails costs a tenth of a signature."""
+
+    def __init__(self) -> None:
+        self._calls: tuple[tuple[Callable[..., bool], tuple[int, ...], Straight], ...] = ()
+
+    def again(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
+        """The results of a call like an earlier one; None if it is like none, and nothing was done."""
+        for check, known, run in self._calls:
+            if check(*tensors) and known == tuple(sizes):
+                return run(*tensors)
+        return None
+
+    def add(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], run: Straight) -> None:
+        """Calls of this kind are made by `run` from now on. The oldest kind goes where there are too many."""
+        check = layout_check(tensors)
+        if check is not None:
+            self._calls = (*self._calls[1 - self.MOST :], (check, tuple(sizes), run))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+
+_GUARDS = getattr(torch._C._dynamo, "guards", None)
+
+
+def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """Asks whether tensors have the types, dtypes, devices, shapes and strides of these; None in a torch without it."""
+    try:
+        guards = _GUARDS.TensorGuards(  # type: ignore[union-attr]
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        )
+        check: Callable[..., bool] = guards.check
+        return check if check(*tensors) else None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
