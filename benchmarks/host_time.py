@@ -236,17 +236,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = len(attncomp.reports())
     for name, (forward, both) in whole_calls(inputs, digest, args.device).items():
         with torch.no_grad():
-            alone = us(forward)
-        rows.append([name, alone, us(both)])
+            without = us(forward)
+        rows.append([name, without, us(both)])
     m.say(m.table(["whole calls", "forward", "forward and backward"], rows))
     if args.device == "cuda":
         m.say(f"\ncapped: {m.report_summary(m.reports_since(before))}")
     with torch.no_grad():
-        for backward in (False, True):
-            found = layers(plan, inputs, digest, backward=backward)
+        alone = plan_of(args.device, dtype, training=False)
+        for title, of, backward in (
+            ("layers of the forward pass, no gradients", alone, False),
+            ("layers of the forward pass", plan, False),
+            ("layers of the backward pass", plan, True),
+        ):
+            found = layers(of, inputs, ops.register_plan(of), backward=backward)
             if args.device == "cuda":
                 found["one argument"] = least_launch()
-            title = f"layers of the {'backward' if backward else 'forward'} pass"
             m.say("\n" + m.table([title, "µs"], [[name, us(call)] for name, call in found.items()]))
 
 

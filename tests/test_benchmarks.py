@@ -247,7 +247,8 @@ def test_host_time() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {row[0] for row in rows(done.stdout)}
-    assert {"SDPA, eager", "attncomp's operator, eager", "function", "signature", "launch (1)", "launch (3)"} <= found
+    assert {"SDPA, eager", "attncomp's operator, eager", "function", "straight call"} <= found
+    assert {"launcher in C (1)", "launcher in C (3)", "allocation (2)", "allocation (3)"} <= found
 
 
 def test_exponent_of_a_power_law() -> None:
