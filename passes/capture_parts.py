@@ -7,6 +7,9 @@ gradient mode: then the tracer would see no difference, and one trace serves bot
 
 A trace says what its stretch mutates. Stretches are independent only if they mutate nothing that another one may see;
 if one does, nothing is returned and the graph is traced whole.
+
+The steps of a loop over time differ in their index into what they read: these views (`attncomp.passes.steps`) are no
+part of a stretch, and are written down where they are first used.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from attncomp.passes.anchors import spellings
 from attncomp.passes.fast_paths import FAST_PATHS
 from attncomp.passes.repeats import Range, stretches
+from attncomp.passes.steps import Step, steps_of
 
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 """What a node says of its place in the user's code, which each copy has of its own."""
@@ -104,17 +108,37 @@ def _capture(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Sequence[N
             raise _DifferentError(f"{node.op} {node.target}")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise _DifferentError(f"the higher-order operator {node.target}")
-    describe = _Describe(values)
+    steps = steps_of(nodes, values)
+    if steps:
+        values |= _shared(steps, values)
+        sources = {s.source for s in steps.values()}
+        taken_apart = {n for n in nodes if n not in sources and n.users and all(u in steps for u in n.users)}
+        nodes = [n for n in nodes if n not in steps and n not in taken_apart]
+    describe = _Describe(values, offsets=not steps)
     position = {n: i for i, n in enumerate(nodes)}
+    if steps:
+        marks = sorted({u for n in steps for u in list(n.users)[:1] if u in position}, key=position.__getitem__)
     ranges = stretches(
         _keys(nodes, describe), [position[m] for m in marks if m in position], _live(nodes, output, values)
     )
     if len(ranges) < 2:
         return None
-    parts = _parts(nodes, output, ranges, describe)
+    parts = _parts(nodes, steps, ranges, describe)
     if len({p.key for p in parts}) == len(parts):
         return None
-    return _assembled(dict(zip(placeholders, inputs, strict=True)), output, parts, values)
+    return _assembled(dict(zip(placeholders, inputs, strict=True)), output, parts, values, steps)
+
+
+def _shared(steps: Mapping[Node, Step], values: Mapping[Node, Any]) -> dict[Node, Any]:
+    """The values of steps, one for all of a kind: where in a storage a view begins makes no difference to a tracer."""
+    first: dict[Any, FakeTensor] = {}
+    found = {}
+    for node, step in steps.items():
+        value = values[node]
+        like = found[node] = first.setdefault(step.kind(), value)
+        if not _alike(like, value) or like.requires_grad != value.requires_grad:
+            raise _DifferentError(f"{node} is not like other steps")
+    return found
 
 
 # -- what a stretch is ------------------------------------------------------------------------------------------------
@@ -128,17 +152,21 @@ class _Float:
 
 
 class _Describe:
-    """Values and arguments as keys: equal only if a tracer can't tell them apart."""
+    """Values and arguments as keys: equal only if a tracer can't tell them apart.
 
-    def __init__(self, values: Mapping[Node, Any]) -> None:
-        self._values = values
+    offsets: whether it matters where in a storage a view begins; to a tracer of steps it does not.
+    """
+
+    def __init__(self, values: Mapping[Node, Any], offsets: bool) -> None:
+        self.values = values
+        self._offsets = offsets
         self._known: dict[Node, Any] = {}
 
     def value(self, node: Node) -> Any:
         """What a tracer sees of the value that a node stands for."""
         found = self._known.get(node)
         if found is None:
-            found = self._known[node] = self._of(self._values[node])
+            found = self._known[node] = self._of(self.values[node])
         return found
 
     def kind(self, node: Node) -> Any:
@@ -150,7 +178,9 @@ class _Describe:
         if isinstance(x, FakeTensor):
             if type(x) is not FakeTensor and not isinstance(x, torch.nn.Parameter):
                 raise _DifferentError(f"a {type(x).__name__}")
-            sizes = (*x.shape, *x.stride(), x.storage_offset()) if x.layout is torch.strided else tuple(x.shape)
+            sizes: tuple[Any, ...] = tuple(x.shape)
+            if x.layout is torch.strided:
+                sizes = (*sizes, *x.stride(), *((x.storage_offset(),) if self._offsets else ()))
             flags = (x.requires_grad, x.is_inference(), x.is_conj(), x.is_neg(), isinstance(x, torch.nn.Parameter))
             return (x.dtype, x.device, x.layout, flags, tuple(map(self._size, sizes)))
         if isinstance(x, int | torch.SymInt) and not isinstance(x, bool):
@@ -225,11 +255,28 @@ def _crosses(x: Any) -> bool:
     return isinstance(x, FakeTensor | torch.SymInt)
 
 
-def _parts(nodes: Sequence[Node], output: Node, ranges: Sequence[Range], describe: _Describe) -> list[_Stretch]:
+def _with_steps(nodes: Sequence[Node], steps: Mapping[Node, Step]) -> list[Node]:
+    """The nodes of a stretch, and the steps that it takes of tensors that it makes (with what unbinds these)."""
+    made: dict[Node, None] = {}
+    own = set(nodes)
+    for node in nodes:
+        for a in node.all_input_nodes:
+            if a in steps and steps[a].source in own:
+                made |= dict.fromkeys((*a.all_input_nodes, a))
+        made[node] = None
+    return list(made)
+
+
+def _parts(
+    nodes: Sequence[Node], steps: Mapping[Node, Step], ranges: Sequence[Range], describe: _Describe
+) -> list[_Stretch]:
     grad = torch.is_grad_enabled()
     found = []
+    taken: dict[Node, list[Node]] = {}
+    for node, step in steps.items():
+        taken.setdefault(step.source, []).append(node)
     for low, high in ranges:
-        inside = {n: i for i, n in enumerate(nodes[low:high])}
+        inside = {n: i for i, n in enumerate(_with_steps(nodes[low:high], steps))}
         outside: dict[Node, int] = {}
         floats: dict[Any, int] = {}
 
@@ -243,7 +290,11 @@ def _parts(nodes: Sequence[Node], output: Node, ranges: Sequence[Range], describ
             return ("outside", outside.setdefault(n, len(outside)))
 
         operations = tuple(describe.operation(n, of_node) for n in inside)
-        results = tuple(n for n in inside if any(u not in inside for u in n.users))
+        results = tuple(
+            n
+            for n in inside
+            if _crosses(describe.values[n]) and any(u not in inside for u in (*n.users, *taken.get(n, ())))
+        )
         key = (
             operations,
             tuple(map(value, outside)),
@@ -266,6 +317,16 @@ def _as_input(known: Any, value: Any) -> Any:
         return known
     with known.fake_mode:
         return known.detach().requires_grad_(value.requires_grad)
+
+
+def _faked(x: torch.Tensor) -> torch.Tensor:
+    """An input of fixed shape, as the tracer will see it."""
+    mode = detect_fake_mode([x])
+    if mode is None:
+        raise _DifferentError("the graph is not traced with fake tensors")
+    with mode:
+        found: torch.Tensor = (x if isinstance(x, FakeTensor) else mode.from_tensor(x, static_shapes=True)).detach()
+    return found
 
 
 def _traced(part: _Stretch, given: Sequence[Any], values: Mapping[Node, Any]) -> _Trace:
@@ -331,7 +392,11 @@ def _alike(x: Any, y: Any) -> bool:
 
 
 def _assembled(
-    inputs: Mapping[Node, Any], output: Node, parts: Sequence[_Stretch], values: Mapping[Node, Any]
+    inputs: Mapping[Node, Any],
+    output: Node,
+    parts: Sequence[_Stretch],
+    values: Mapping[Node, Any],
+    steps: Mapping[Node, Step],
 ) -> Parts:
     traces: dict[Any, _Trace] = {}
     root = torch.nn.Module()
@@ -342,11 +407,34 @@ def _assembled(
     for node in inputs:
         made[node] = graph.placeholder(node.name)
         made[node].meta = {key: node.meta[key] for key in _META if key in node.meta}
+    views: dict[Any, Any] = {}
+
+    def written(node: Node) -> Node:
+        """What was made of a node; of a step, here and now."""
+        if node not in made and node in steps:
+            step = steps[node]
+            source = written(step.source)
+            *between, view = step.write(graph, source)
+            if step.kind() not in views:
+                with source.meta["val"].fake_mode, torch.no_grad():
+                    views[step.kind()] = step.values(source.meta["val"])
+            for new, value in zip((*between, view), views[step.kind()], strict=True):
+                new.meta = {key: node.meta[key] for key in _META if key in node.meta} | {"val": value}
+            made[node] = view
+        found: Node = made[node]
+        return found
+
     for part in parts:
+        for node in part.outside:
+            if node in steps:
+                source = steps[node].source
+                if source in inputs and "val" not in made[source].meta:
+                    made[source].meta["val"] = _faked(inputs[source])
+                written(node)
         trace = traces.get(part.key)
         if trace is None or trace.guarded:
-            given = [inputs[n] if n in inputs else _as_input(made[n].meta["val"], values[n]) for n in part.outside]
-            trace = traces[part.key] = _traced(part, given, values)
+            arguments = [inputs[n] if n in inputs else _as_input(made[n].meta["val"], values[n]) for n in part.outside]
+            trace = traces[part.key] = _traced(part, arguments, values)
         copies: dict[Node, Node] = {}
         outside = iter(part.outside)
         for node in trace.graph.graph.nodes:
@@ -375,12 +463,14 @@ def _assembled(
             made[node] = copies[result]
         for value, n in trace.mutated:
             place = part.outside[n]
+            if steps:
+                raise _DifferentError(f"{place} is mutated, of which there may be steps")
             if not _private(place, part, parts, inputs, output, values):
                 raise _DifferentError(f"{place} is mutated, and may be seen elsewhere")
             mutated[place] = copies[value]
     for node in inputs:  # nothing read it
         made[node].meta.setdefault("val", values[node])
-    results = torch.fx.node.map_arg(output.args[0], lambda n: made[n])
+    results = torch.fx.node.map_arg(output.args[0], written)
     if not isinstance(results, tuple | list):
         raise _DifferentError("the output is no tuple")
     graph.output((*mutated.values(), *results))

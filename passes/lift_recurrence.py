@@ -62,11 +62,12 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     found: list[Site | Missed] = []
     claimed = set(taken)
     seen: dict[Any, _Known | Rejection | None] = {}
+    collected = frozenset(p.node for p in candidates if p.stepwise)
     for place in reversed(candidates):  # what is farther down holds what is above it
         if place.node in claimed:
             continue
         try:
-            result = _Search(graph, known, place, claimed, seen).result()
+            result = _Search(graph, known, place, claimed, seen, collected).result()
         except Exception as error:  # a fault here must not cost the graph its other attention
             result = Rejection("error", f"{type(error).__name__}: {error}")
         if result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
@@ -112,6 +113,7 @@ class _Search:
     place: Place
     claimed: set[Node]
     seen: dict[Any, _Known | Rejection | None]
+    collected: frozenset[Node]
     leaves: frozenset[Node] = frozenset()
     found: Found | None = None
     extra: Sequence[Node] = ()
@@ -124,14 +126,16 @@ class _Search:
         inside = [n for n, _ in region.order]
         if not any(_multiplies_out(n) for n in inside):
             return None
-        leaves = _cuts(inside, outputs)
+        cuts = _cuts(inside, outputs)
+        earlier = self.collected.intersection(inside).difference(outputs)  # loops of other layers, perhaps
+        ways = list(dict.fromkeys((cuts | earlier, cuts, frozenset[Node]())))
         key, places_of = key_of(region, outputs)
         if key in self.seen:
             return self._as_before(self.seen[key], places_of)
-        result = self._searched(region, outputs, leaves)
+        result = self._searched(region, outputs, ways)
         if not isinstance(result, Site) and self.place.stepwise:
             self.extra = whole_steps(self.graph, in_order(self.graph, inside))
-            again = self._searched(region, outputs, leaves) if self.extra else None
+            again = self._searched(region, outputs, ways) if self.extra else None
             result = again or result
         place = {n: i for i, n in enumerate(places_of)}
         found = self.found if isinstance(result, Site) else None
@@ -153,13 +157,22 @@ class _Search:
         final = self._final(guess, output, known.found.frame.dims)
         return self._site(Found(guess, output, known.found.frame, final))
 
-    def _searched(self, region: Region, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
+    def _searched(
+        self, region: Region, outputs: list[Node], ways: Sequence[frozenset[Node]]
+    ) -> Site | Rejection | None:
+        """The recurrence, by the first of several sets of leaves that tells one.
+
+        What is taken apart into heads, or collected of another loop, stands for itself if that is enough: then one head
+        stands for all, and one loop needs not be gone through to know another.
+        """
         result: Site | Rejection | None = None
-        if leaves:  # tensors that are taken apart into heads, for themselves: then one head stands for all
+        for leaves in ways:
+            if not leaves and len(ways) > 1 and region.work() > _SMALL:
+                break
             result = self._among(outputs, leaves)
-        if isinstance(result, Site) or (leaves and region.work() > _SMALL):
-            return result
-        return self._among(outputs, frozenset())
+            if isinstance(result, Site):
+                break
+        return result
 
     def _among(self, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
         region = Region(self.graph, self.known, [*outputs, *self.extra], leaves).narrowed()
@@ -303,8 +316,9 @@ class _Search:
             return Rejection("gate-sign", f"{decay.node.name} is not proven to be a gate that never grows")
         made = site_of_recurrence(self.graph, self.place.node, found)
         if isinstance(made, Site):
-            inside = made.covered()
-            left = [n for n in ancestors(found.output) if is_outer(n) and n not in inside]
+            reads = [r.node for r in found.recurrence.reads]
+            stays = made.covered().union(reads, *map(ancestors, reads))
+            left = [n for n in ancestors(found.output) if is_outer(n) and n not in stays]
             if self.place.stepwise and len(left) >= _PIECES:
                 return Rejection("states-escape", f"the states are also used by others: {left[0].name} stays")
         return made
