@@ -275,7 +275,8 @@ one query of 32 heads on 8 (benchmarks/decode.py): 32 programs drew 1.3 TB/s, 25
 def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work:
     """What the kernels do: contractions and exponentials of the visited tiles, and memory traffic.
 
-    tiles: of all kernels; those that are made for Hopper run in the plain ones' place.
+    tiles: of all kernels; those that are made for Hopper run in the plain ones' place. Without "forward", the work is
+    that of the backward pass alone.
 
     Keys and values are counted once for each key head: the tiles of one head run side by side and share them in the L2,
     which is fast, but not without a limit: a single query of many heads is bound by it. A short grid leaves
@@ -284,7 +285,7 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     spec, hints = request.spec, request.hints
     b, h, i, j, d, e = (hints[axis] for axis in ("b", "h", "i", "j", "d", "e"))
     item = _BYTES[spec.dtype]
-    pairs = b * h * visited_pairs(request.proof, request, tiles["forward"])
+    pairs = b * h * visited_pairs(request.proof, request, tiles.get("forward", tiles.get("queries", {})))
     kv_heads = max(1, h // (spec.group or 1))
     queries, keys = b * h * i * item, b * kv_heads * j * item
     wide_d, wide_e = (sum(part.width for part in width_parts(w)) for w in (d, e))
@@ -310,7 +311,10 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
             traffic, bandwidth = shared, drawn
         return Work(2 * pairs * products, traffic, 1, pairs * special, efficiency * compute, 0.8 * bandwidth, dtype)
 
-    work = kernel("forward", wide_d + wide_e, (queries + keys) * (d + e)) + Work(0.0, 0.0, HOST_LAUNCHES["forward"])
+    work = Work(0.0, 0.0, 0)
+    if "forward" in tiles:
+        work += kernel("forward", wide_d + wide_e, (queries + keys) * (d + e))
+        work += Work(0.0, 0.0, HOST_LAUNCHES["forward"])
     if spec.training:
         work += Work(0.0, 2 * queries * e, 1 + HOST_LAUNCHES["backward"])  # rowsum(dO * O)
         work += kernel("keys", 2 * (wide_d + wide_e), (queries + 2 * keys) * (d + e))

@@ -3,7 +3,7 @@
 Decoding reads all keys and values for one query or a few: `tiled` has a program for each batch and head there, and most
 of the device stays idle. Here the keys of a sequence are divided too, the heads of a group sit in the rows of one tile,
 and the parts are merged by their log-sum-exp (FlashDecoding). Where only data says how many keys there are, as in a
-static cache, the device reads it and visits no others.
+static cache, the device reads it and visits no others. Gradients come from the backward kernels of `tiled`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from attncomp.codegen.hopper_backward_source import hopper_backward_source
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.reach import has_reach, reach_work, with_reach
@@ -20,7 +21,16 @@ from attncomp.codegen.split_kv_launch import forward, split_kernels_of
 from attncomp.codegen.split_kv_source import split_source, whole_source
 from attncomp.codegen.split_kv_tiles import split_tile, split_work
 from attncomp.codegen.tabulate import tabulate
-from attncomp.codegen.variants.tiled import rejected_device, rejected_form, rejected_shapes, with_tables
+from attncomp.codegen.tiled_backward_source import backward_source
+from attncomp.codegen.tiled_launch import backward, kernels_of, repeats
+from attncomp.codegen.tiled_tiles import Tile, has_descriptors, hopper_backward_tiles, tile_parameters, tiled_work
+from attncomp.codegen.variants.tiled import (
+    rejected_device,
+    rejected_form,
+    rejected_gradients,
+    rejected_shapes,
+    with_tables,
+)
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Again, Exactness, Family, Inputs, Offer, Rejection, Request
@@ -46,7 +56,13 @@ class SplitKV:
         if found is not None:
             request = replace(request, spec=found.spec)
         spec = request.spec
-        rejection = rejected_device(request) or rejected_form(spec) or rejected_shapes(spec) or _rejected(request)
+        rejection = (
+            rejected_device(request)
+            or rejected_form(spec)
+            or rejected_shapes(spec)
+            or _rejected(request)
+            or rejected_gradients(spec)
+        )
         if rejection is not None:
             return rejection
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -57,13 +73,21 @@ class SplitKV:
             "upcast": request.device == "cpu" and spec.dtype == "bfloat16",
             "reach": has_reach(spec, request.proof.residual),
         }
+        backward_tiles = _backward_tiles(request) if spec.training else {}
+        params |= backward_tiles
+        params["descriptors"] = request.device == "cuda" and has_descriptors(spec, request.hardware)
         try:
             plan = Plan(spec, request.proof, self.name, params)
             whole_source(plan)
             split_source(plan)
+            if spec.training:
+                backward_source(plan)
+                hopper_backward_source(plan)
         except UnprintableError as error:
             return Rejection("unprintable", f"there is no Triton form of {error}")
         work = split_work(request, tile, params["precision"])
+        if spec.training:
+            work += tiled_work(request, backward_tiles, params["precision"])
         return Offer(params, work + reach_work(request) if params["reach"] else work)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -75,16 +99,25 @@ class SplitKV:
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(split_kernels_of(plan), inputs)
 
-    def repeats(self, plan: Plan) -> tuple[Again, None]:
-        return split_kernels_of(plan).forwards.repeats.again, None
+    def repeats(self, plan: Plan) -> tuple[Again, Again | None]:
+        learns = plan.spec.training
+        return split_kernels_of(plan).forwards.repeats.again, repeats(kernels_of(plan))[1] if learns else None
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
     ) -> list[torch.Tensor]:
-        raise RuntimeError("split_kv has no backward pass: it accepts attention without gradients only")
+        """As that of `tiled`: for few queries, it is the keys that there are many tiles of."""
+        return backward(kernels_of(plan), grad_out, out, lse, inputs)
 
 
 SPLIT_KV = SplitKV()
+
+
+def _backward_tiles(request: Request) -> dict[str, Tile]:
+    tiles = tile_parameters(request.spec, request.proof, request.hardware)
+    tiles |= hopper_backward_tiles(request.spec, request.hardware)
+    del tiles["forward"]
+    return tiles
 
 
 def _rejected(request: Request) -> Rejection | None:
@@ -97,8 +130,6 @@ def _rejected(request: Request) -> Rejection | None:
         return Rejection(
             "dropout", f"weights are dropped with probability {spec.dropout:g}; the parts' kernel drops none"
         )
-    if spec.training:
-        return Rejection("training", "the kernel has no backward pass")
     if request.hints["i"] > MOST_QUERIES:
         return Rejection("many-queries", f"{request.hints['i']} queries; it is for {MOST_QUERIES} at most")
     return None

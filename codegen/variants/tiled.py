@@ -63,7 +63,7 @@ class Tiled:
             rejected_device(request)
             or rejected_form(request.spec)
             or rejected_shapes(request.spec)
-            or _learned(request.spec)
+            or rejected_gradients(request.spec)
         )
         if rejection is not None:
             return rejection
@@ -199,8 +199,8 @@ def rejected_shapes(spec: AttentionSpec) -> Rejection | None:
     return None
 
 
-def _learned(spec: AttentionSpec) -> Rejection | None:
-    """What gradients need and `tiled` lacks."""
+def rejected_gradients(spec: AttentionSpec) -> Rejection | None:
+    """What gradients need and the backward kernels lack; None if nothing."""
     if not spec.training:
         return None
     sink = spec.normaliser.sink

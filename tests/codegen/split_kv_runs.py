@@ -42,6 +42,7 @@ def _positions(*numbers: int) -> Callable[[], torch.Tensor]:
 
 def _build() -> tuple[Case, ...]:
     scaled = mul(Score(), Const(0.25))
+    capped = mul(op("tanh", mul(scaled, Const(0.2))), Const(5.0))
     position = Load("c0", (B,), "int")
     each = Load("c0", (B, I), "int")
     at: dict[str, Any] = {"captured": (_info("c0", 2, dtype="int64"),)}
@@ -81,7 +82,7 @@ def _build() -> tuple[Case, ...]:
         _case("appended", query=5, mask=appended),
         _case("many_rows", query=13, heads=8, mask=le(J, add(I, Const(KEYS - 13)))),
         _case("window", query=5, mask=and_(appended, ge(J, add(I, Const(KEYS - 5 - 20))))),
-        _case("softcap", program=mul(op("tanh", mul(scaled, Const(0.2))), Const(5.0))),
+        _case("softcap", program=capped),
         _case("sink", lambda: torch.randn(4), normaliser=Normaliser(sink=Load("c0", (H,))), captured=(_info("c0", 4),)),
         _case("dense_bias", lambda: torch.randn(2, KEYS), program=add(scaled, Load("c0", (B, J))), captured=(table,)),
         _case(
@@ -159,6 +160,27 @@ def _build() -> tuple[Case, ...]:
             captured=(*at["captured"], _info("c1", 2, KEYS, dtype="bool")),
         ),
     ]
+    learned = _info("c0", 4, dtype="float32"), _info("c0", 2, 4, 5, KEYS)
+    sink, bias = (dataclasses.replace(info, requires_grad=True) for info in learned)
+    cases += [
+        _case("training", query=5, mask=appended, training=True),
+        _case("training_softcap", query=13, kv_heads=4, program=capped, training=True),
+        _case(
+            "training_sink",
+            lambda: torch.randn(4),
+            normaliser=Normaliser(sink=Load("c0", (H,))),
+            captured=(sink,),
+            training=True,
+        ),
+        _case(
+            "training_bias",
+            lambda: torch.randn(2, 4, 5, KEYS),
+            query=5,
+            program=add(scaled, Load("c0", (B, H, I, J))),
+            captured=(bias,),
+            training=True,
+        ),
+    ]
     return (*cases, *(_symbolic(query) for query in (1, 3)))
 
 
@@ -204,6 +226,7 @@ def split_plan(case: Case, device: str, hardware: Hardware = H100_SXM, programs:
     assert isinstance(offer, Offer), f"{case.name}: {offer}"
     params = dict(offer.params)
     if programs is not None:
+        params |= {name: SMALL for name, value in params.items() if isinstance(value, dict)}
         params["split"] = {**SMALL, "resident": programs}
     return Plan(case.spec, case.proof, "split_kv", params)
 
@@ -212,14 +235,24 @@ def split_errors(case: Case, plan: Plan, device: str) -> dict[str, float]:
     """Relative errors of the output and of the rows' logarithms."""
     torch.manual_seed(0)
     q, k, v, *captured = case.inputs(device)
+    learns = [case.spec.training and (n < 3 or t.requires_grad) for n, t in enumerate(case.spec.tensors)]
     wide = [x.double() if x.is_floating_point() else x for x in (q, k, v, *captured)]
+    wide = [x.requires_grad_(learn) for x, learn in zip(wide, learns, strict=True)]
     expected = attention_reference(case.spec, wide[0], wide[1], wide[2], wide[3:], case.sizes)
-    out, lse = SPLIT_KV.forward(plan, Inputs(q, k, v, captured, case.sizes))
+    inputs = Inputs(q, k, v, captured, case.sizes)
+    out, lse = SPLIT_KV.forward(plan, inputs)
     assert out.shape == expected.shape
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
-    found = {"out": relative_error(out, expected)}
-    return {**found, "lse": _lse_error(case, wide, lse)} if case.spec.training else found
+    found = {"out": relative_error(out, expected.detach())}
+    if case.spec.training:
+        found["lse"] = _lse_error(case, [x.detach() for x in wide], lse)
+        grad = torch.randn(expected.shape, dtype=torch.float64).to(out)
+        right = torch.autograd.grad(expected, [x for x in wide if x.requires_grad], grad.double())
+        names = [t.name for t, learn in zip(case.spec.tensors, learns, strict=True) if learn]
+        for name, mine, wanted in zip(names, SPLIT_KV.backward(plan, grad, out, lse, inputs), right, strict=True):
+            found[f"d{name}"] = relative_error(mine, wanted)
+    return found
 
 
 def _lse_error(case: Case, wide: list[torch.Tensor], lse: torch.Tensor) -> float:
