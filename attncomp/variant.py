@@ -143,15 +143,21 @@ class KernelVariant(Variant, Protocol):
         ...
 
 
-Again: TypeAlias = Callable[[Sequence["torch.Tensor"], Sequence[int]], Any]
-"""Takes the tensors of a call in their order and the values of ``spec.symbols``; returns what the call would, or None
-where it is like no earlier one, and then nothing was done."""
+class Repeating(Protocol):
+    """Calls that were made lately, which can be repeated with less host time."""
+
+    @property
+    def calls(self) -> Sequence[tuple[list[int], Callable[..., Any]]]:
+        """The values of ``spec.symbols`` that a call is for, and what is given its tensors: it returns what the call
+        would, in a list, or None where they are of another kind, and then nothing was done.
+        """
+        ...
 
 
 @runtime_checkable
 class RepeatingVariant(KernelVariant, Protocol):
     """A kernel variant that makes calls which are like an earlier one with less host time."""
 
-    def repeats(self, plan: Plan) -> tuple[Again | None, Again | None]:
+    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating | None]:
         """The passes: forward of (q, k, v, captured...), backward of (q, k, v, out, grad_out, lse, captured...)."""
         ...

@@ -6,8 +6,8 @@ compares whole calls: torch's SDPA (causal, without the cap), attncomp's operato
 that are compiled. The second takes a call of the generated kernel apart:
 
     function        what inductor's code calls
-    check           whether the call repeats an earlier one
-    straight call   what is then done: addresses, allocation, launches
+    straight call   of a call that repeats an earlier one: a check of that, addresses, allocation, launches
+    check           of it, in C
     allocation      of the results alone
     launcher in C   of the kernels of the pass, called with their arguments
     one argument    of a kernel that does nothing, the least that the driver and Triton's function in C take
@@ -39,6 +39,7 @@ import attncomp
 from attncomp.codegen import launch, ops
 from attncomp.codegen.fingerprint import sources_fingerprint
 from attncomp.codegen.prepared import signature
+from attncomp.codegen.straight_calls import layout_check
 from attncomp.codegen.tiled_launch import kernels_of
 from attncomp.codegen.triton_calls import DirectCall
 from attncomp.codegen.variants.tiled import TILED
@@ -148,12 +149,12 @@ def layers(plan: Plan, inputs: list[Tensor], digest: str, *, backward: bool) -> 
     every = tensors + [output.allocate() for output in call._outputs]
     addresses = [t.data_ptr() for t in every]
     stream = launch.current_stream(call._index)
-    results = call._outputs[: call.results]
+    results = [output for output in call._outputs[: call.results] if not output.shared]
     found: dict[str, Call] = {"function": whole}
-    if calls.repeats._calls:
-        ((check, _, straight),) = calls.repeats._calls[:1]
-        found["check"] = lambda: check(*tensors)
+    straight, check = call.straight(tensors), layout_check(tensors)
+    if straight is not None and check is not None:
         found["straight call"] = lambda: straight(*tensors)
+        found["check"] = lambda: check(*tensors)
     found[f"allocation ({len(results)})"] = lambda: [output.allocate() for output in results]
     launches = []
     for one in call._launches:
@@ -183,7 +184,7 @@ def _nothing() -> Any:
     import triton
 
     @triton.jit
-    def nothing(x: Any) -> None:
+    def nothing(x):  # type: ignore[no-untyped-def]  # Triton would look for the annotation's name in the kernel
         pass
 
     return nothing

@@ -16,7 +16,7 @@ from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
 from attncomp.expr import loads_of
 from attncomp.plan import Plan
-from attncomp.variant import Again, Inputs, KernelVariant, RepeatingVariant
+from attncomp.variant import Inputs, KernelVariant, Repeating, RepeatingVariant
 
 _LIBRARY = torch.library.Library("attncomp", "DEF")
 _LIBRARY.define(
@@ -30,8 +30,8 @@ _LIBRARY.define(
 )
 
 _plans: dict[str, tuple[Plan, KernelVariant]] = {}
-_repeats: dict[str, tuple[Again | None, Again | None]] = {}
-"""Of a plan, how forward and backward calls are made that repeat an earlier one."""
+_repeats: dict[str, tuple[Repeating | None, Repeating | None]] = {}
+"""Of a plan, the forward and the backward calls that repeat an earlier one."""
 _lock = threading.Lock()
 
 
@@ -115,12 +115,14 @@ def state_dtype(plan: Plan, q: torch.Tensor, captured: Any) -> torch.dtype:
 
 
 def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the operator does below autograd."""
-    again = _repeats.get(digest, _NEVER)[0]
-    if again is not None:
-        found: tuple[torch.Tensor, torch.Tensor] | None = again((q, k, v, *captured), sizes)
-        if found is not None:
-            return found
+    """What inductor's code calls: the output, and what a backward pass needs of each row."""
+    known = _repeats.get(digest, _NEVER)[0]
+    if known is not None:
+        for of, run in known.calls:
+            if of == sizes:
+                found: tuple[torch.Tensor, torch.Tensor] | None = run(q, k, v, *captured)
+                if found is not None:
+                    return found
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(f"attention over {k.shape[2]} keys but {v.shape[2]} values")
     plan, variant = resolve(digest)
@@ -131,6 +133,12 @@ def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
         lse = lse.new_zeros(out.shape[:3] if _returns_rows(plan) else (0,))
     _keep_repeats(digest, plan, variant)
     return out, lse
+
+
+def _operator(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the operator does below autograd, which must be given tensors that no other call returns."""
+    out, lse = run_attention(q, k, v, captured, sizes, digest)
+    return out, lse if lse.numel() else lse.new_empty(lse.shape)
 
 
 _NEVER = (None, None)
@@ -164,11 +172,13 @@ def run_attention_backward(
     grad_final: Any = None,
 ) -> list[torch.Tensor]:
     """What the backward operator does."""
-    again = _repeats.get(digest, _NEVER)[1]
-    if again is not None and grad_final is None:
-        made: list[torch.Tensor] | None = again((q, k, v, out, grad_out, lse, *captured), sizes)
-        if made is not None:
-            return made
+    known = _repeats.get(digest, _NEVER)[1]
+    if known is not None and grad_final is None:
+        for of, run in known.calls:
+            if of == sizes:
+                made: list[torch.Tensor] | None = run(q, k, v, out, grad_out, lse, *captured)
+                if made is not None:
+                    return made
     plan, variant = resolve(digest)
     _keep_repeats(digest, plan, variant)
     if grad_final is not None:
@@ -229,7 +239,7 @@ def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     return grads[0], grads[1], grads[2], of_captured, no_sizes, None
 
 
-_LIBRARY.impl("attention", run_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", _operator, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", run_attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attncomp::attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attncomp::attention_backward", _backward_fake, lib=_LIBRARY)

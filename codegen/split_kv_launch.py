@@ -78,7 +78,11 @@ class SplitKernels:
             kernels[name].prepare(grid, given, lengths, sizes) for name, grid in grids.items() if grid
         ]
         made["out"] = made["out"].transpose(1, 2)
-        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches, 2)
+        outputs = [
+            Output(t, q.device, shared=t.numel() == 0 and name == "stat" and not self.plan.spec.training)
+            for name, t in made.items()
+        ]
+        return PreparedCall(q.device, outputs, launches, 2)
 
     def _slots(self, batch: int, places: int, keys: int, device: torch.device) -> tuple[int, dict[str, int]]:
         """Programs for each tile of rows, of all sequences together, and the integer that says so to the kernel."""

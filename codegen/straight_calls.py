@@ -26,19 +26,24 @@ Straight = Callable[..., Any]
 
 
 def straight_call(
-    count: int, device: torch.device, outputs: Sequence[Output], results: int, launches: Sequence[PreparedLaunch]
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    outputs: Sequence[Output],
+    results: int,
+    launches: Sequence[PreparedLaunch],
 ) -> Straight | None:
-    """The call for `count` tensors that are aligned and lie in memory as those it was prepared for.
+    """The call for tensors that are aligned and lie in memory as `tensors`, for which it was prepared.
 
-    outputs: what is allocated, of which the first `results` are returned and no one sees the others. None where a
-    kernel was not launched yet, or is not to be launched directly.
+    outputs: what is allocated, of which the first `results` are returned, as a list, and no one sees the others. None
+    where a kernel was not launched yet, or is not to be launched directly, and in a torch without the check.
     """
-    if any(launch.direct is None for launch in launches):
+    check, count = layout_check(tensors), len(tensors)
+    if check is None or any(launch.direct is None for launch in launches):
         return None
     index = device.index if device.type == "cuda" else -1
-    names: dict[str, Any] = {"watched": watched, "misaligned": _misaligned}
-    lines = []
+    names: dict[str, Any] = {"check": check, "watched": watched, "misaligned": _misaligned}
     inputs = [f"t{n}" for n in range(count)]
+    lines = [f"if not check({', '.join(inputs)}) or watched(): return None"]
     if index >= 0:
         # Both are functions in C, and what is called must be called on the current device.
         names |= {"device": index, "current": torch._C._cuda_getDevice, "stream_of": torch._C._cuda_getCurrentRawStream}
@@ -46,7 +51,7 @@ def straight_call(
     else:
         lines.append("stream = 0")
     lines += [f"p{n} = t{n}.data_ptr()" for n in range(count)]
-    lines.append(f"if ({' | '.join(f'p{n}' for n in range(count))}) & {ALIGNMENT - 1} or watched(): return None")
+    lines.append(f"if ({' | '.join(f'p{n}' for n in range(count))}) & {ALIGNMENT - 1}: return None")
 
     read = {n for launch in launches for n in launch.reads}
     described = {n for launch in launches for n, _ in launch.boxes}
@@ -68,6 +73,9 @@ def straight_call(
         if n in between:
             continue
         t = count + n
+        if output.shared and t not in read:
+            names[f"t{t}"] = output.allocate()
+            continue
         text, values = output.call(f"_{n}")
         names |= values
         lines.append(f"t{t} = {text}")
@@ -82,7 +90,7 @@ def straight_call(
         written, values = launch.lines(m)
         names |= values
         lines += written
-    lines.append("return " + ", ".join(f"t{count + n}" for n in range(results)))
+    lines.append(f"return [{', '.join(f't{count + n}' for n in range(results))}]")
     return _maker(tuple(names), tuple(inputs), tuple(lines))(**names)
 
 
@@ -108,42 +116,30 @@ def _misaligned() -> None:
 
 
 class Repeats:
-    """Calls of one pass of a plan that were made lately: each is recognised by one check in C.
+    """Calls of one pass of a plan that were made lately, each with the run-time sizes that it is for."""
 
-    The check of torch's own guards compares type, dtype, device, shape and strides, and whether a gradient is wanted:
-    more than the signature of a call, but for the alignment, which the call looks at itself.
-    """
-
-    __slots__ = ("_calls",)
+    __slots__ = ("calls",)
 
     MOST = 4
-    """Kinds of calls. A check that fails costs a tenth of a signature."""
+    """A call that turns out to be of another kind costs a tenth of a signature."""
 
     def __init__(self) -> None:
-        self._calls: tuple[tuple[Callable[..., bool], tuple[int, ...], Straight], ...] = ()
+        self.calls: tuple[tuple[list[int], Straight], ...] = ()
 
-    def again(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
-        """The results of a call like an earlier one; None if it is like none, and nothing was done."""
-        for check, known, run in self._calls:
-            if check(*tensors) and known == tuple(sizes):
-                return run(*tensors)
-        return None
-
-    def add(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], run: Straight) -> None:
+    def add(self, sizes: Sequence[int], run: Straight) -> None:
         """Calls of this kind are made by `run` from now on. The oldest kind goes where there are too many."""
-        check = layout_check(tensors)
-        if check is not None:
-            self._calls = (*self._calls[1 - self.MOST :], (check, tuple(sizes), run))
-
-    def __len__(self) -> int:
-        return len(self._calls)
+        self.calls = (*self.calls[1 - self.MOST :], (list(sizes), run))
 
 
 _GUARDS = getattr(torch._C._dynamo, "guards", None)
 
 
 def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
-    """Asks whether tensors have the types, dtypes, devices, shapes and strides of these; None in a torch without it."""
+    """Asks whether tensors are of the types, dtypes, devices, shapes and strides of these; None in a torch without it.
+
+    It is the check of torch's own guards, in C, which looks at the tensors' dispatch keys too, and at whether they want
+    a gradient: more than the signature of a call, but for the alignment.
+    """
     try:
         guards = _GUARDS.TensorGuards(  # type: ignore[union-attr]
             *tensors,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
@@ -37,7 +38,7 @@ from attncomp.codegen.tiled_backward_source import (
 )
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source, keeps_rows
 from attncomp.plan import Plan
-from attncomp.variant import Again, Inputs
+from attncomp.variant import Inputs
 
 FORWARD_INPUTS = ("q", "k", "v")
 BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
@@ -167,20 +168,28 @@ class Launcher:
         return {name: kernels[name].prepare(grid, named, lengths, sizes) for name, grid in grids.items() if grid}
 
 
+Finish: TypeAlias = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
 class PreparedCall:
     """A pass of an attention with everything fixed but its tensors: what it allocates and what it launches."""
 
-    __slots__ = ("_device", "_index", "_launches", "_outputs", "_straight", "added", "results")
+    __slots__ = ("_device", "_finish", "_index", "_launches", "_outputs", "added", "results")
 
     def __init__(
-        self, device: torch.device, outputs: Sequence[Output], launches: Sequence[PreparedLaunch], results: int
+        self,
+        device: torch.device,
+        outputs: Sequence[Output],
+        launches: Sequence[PreparedLaunch],
+        results: int,
+        finish: Finish | None = None,
     ) -> None:
-        """results: how many of the outputs are read after the call, the first ones."""
+        """results: how many of the outputs are read after the call, the first ones. finish: what is made of them."""
         self._device = device
+        self._finish = finish
         self._index = device.index if device.type == "cuda" else -1
         self._outputs = tuple(outputs)
         self._launches = tuple(launches)
-        self._straight: Straight | None = None
         self.results = results
         self.added = 0  # how often it was added to what repeats
 
@@ -205,13 +214,20 @@ class PreparedCall:
         stream = current_stream(self._index)
         for launch in self._launches:
             launch(tensors, pointers, stream)
-        return made[: self.results]
+        return made[: self.results] if self._finish is None else self._finish(made[: self.results])
 
-    def straight(self, count: int) -> Straight | None:
-        """The same without the checks, for `count` aligned tensors; None before the kernels have been launched."""
-        if self._straight is None:
-            self._straight = straight_call(count, self._device, self._outputs, self.results, self._launches)
-        return self._straight
+    def straight(self, tensors: Sequence[torch.Tensor]) -> Straight | None:
+        """The same for tensors like these, which are aligned; None before the kernels have been launched."""
+        call = straight_call(tensors, self._device, self._outputs, self.results, self._launches)
+        finish = self._finish
+        if call is None or finish is None:
+            return call
+
+        def finished(*given: torch.Tensor) -> list[torch.Tensor] | None:
+            made = call(*given)
+            return None if made is None else finish(made)
+
+        return finished
 
 
 class Calls:
@@ -232,10 +248,10 @@ class Calls:
             call = self.memo.keep(key, self._prepare(tensors, sizes))
         made = call(tensors, pointers)
         if call.added < _ADDED and not any(pointer % ALIGNMENT for pointer in pointers):
-            straight = call.straight(len(tensors))
+            straight = call.straight(tensors)
             if straight is not None:
                 call.added += 1
-                self.repeats.add(tensors, sizes, straight)
+                self.repeats.add(sizes, straight)
         return made
 
 
@@ -280,7 +296,8 @@ class Kernels:
         }
         launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes).values()]
         made["out"] = made["out"].transpose(1, 2)
-        return PreparedCall(q.device, [Output(t, q.device) for t in made.values()], launches, 2)
+        out, stat = (Output(t, q.device, shared=t.numel() == 0 and not self.spec.training) for t in made.values())
+        return PreparedCall(q.device, (out, stat), launches, 2)
 
     def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The backward pass over tensors like these (`BACKWARD_INPUTS`, then the captured ones)."""
@@ -302,7 +319,10 @@ class Kernels:
         rows = {name: meta((batch, heads, queries), torch.float32) for name in ("delta", "shifts", "spreads")}
         outputs += [Output(t, q.device) for t in rows.values()]
         launches = [x for part in self.parts for x in part.backward({**named, **made, **rows}, sizes).values()]
-        return PreparedCall(q.device, outputs, launches, len(made))
+        wanted = [(named[name].shape, named[name].dtype) for name in ("q", "k", "v", *self.learned)]
+        if all((t.shape, t.dtype) == of for t, of in zip(made.values(), wanted, strict=True)):
+            return PreparedCall(q.device, outputs, launches, len(made))
+        return PreparedCall(q.device, outputs, launches, len(made), partial(_as_gradients, wanted))
 
 
 _kernels: dict[int, Kernels] = {}
@@ -333,31 +353,13 @@ def backward(
 ) -> list[torch.Tensor]:
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
-    made = kernels.backwards.run([q, k, v, out, grad_out, lse, *captured], sizes)
-    return gradients(kernels, made, inputs)
+    return kernels.backwards.run([q, k, v, out, grad_out, lse, *captured], sizes)
 
 
-def repeats(kernels: Kernels) -> tuple[Again, Again]:
-    """As `RepeatingVariant.repeats`."""
-
-    def again(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
-        made = kernels.backwards.repeats.again(tensors, sizes)
-        if made is None:
-            return None
-        q, k, v = tensors[:3]
-        return gradients(kernels, made, Inputs(q, k, v, tensors[len(BACKWARD_INPUTS) :], sizes))
-
-    return kernels.forwards.repeats.again, again
-
-
-def gradients(kernels: Kernels, made: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
-    """What the kernels made, in the shapes and dtypes of what they are gradients of."""
-    dq, dk, dv, *more = made
-    grads = [dq, _of_one_batch(dk, inputs.k), _of_one_batch(dv, inputs.v)]
-    for name, grad in zip(kernels.learned, more, strict=True):
-        tensor = inputs.captured[kernels.captured.index(name)]
-        grads.append(grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype))
-    return grads
+def _as_gradients(wanted: Sequence[tuple[torch.Size, torch.dtype]], made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What the kernels made, in the shapes and dtypes of what they are gradients of: one batch may be read by all."""
+    summed = [x if x.shape == shape else x.sum(0, keepdim=True) for x, (shape, _) in zip(made, wanted, strict=True)]
+    return [x.to(dtype) for x, (_, dtype) in zip(summed, wanted, strict=True)]
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
@@ -372,8 +374,3 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _tiles(length: int, block: int) -> int:
     return -(-length // block)
-
-
-def _of_one_batch(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The gradient of a tensor whose batch of 1 was read by every sequence."""
-    return grad if grad.shape == tensor.shape else grad.sum(0, keepdim=True)

@@ -22,7 +22,7 @@ from attncomp.codegen.split_kv_source import split_source, whole_source
 from attncomp.codegen.split_kv_tiles import split_tile, split_work
 from attncomp.codegen.tabulate import tabulate
 from attncomp.codegen.tiled_backward_source import backward_source
-from attncomp.codegen.tiled_launch import backward, kernels_of, repeats
+from attncomp.codegen.tiled_launch import backward, kernels_of
 from attncomp.codegen.tiled_tiles import Tile, has_descriptors, hopper_backward_tiles, tile_parameters, tiled_work
 from attncomp.codegen.variants.tiled import (
     rejected_device,
@@ -33,7 +33,7 @@ from attncomp.codegen.variants.tiled import (
 )
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Again, Exactness, Family, Inputs, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
 MOST_QUERIES = 64
 """Beyond it, there are tiles of queries enough, and `tiled` has larger ones."""
@@ -99,9 +99,9 @@ class SplitKV:
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(split_kernels_of(plan), inputs)
 
-    def repeats(self, plan: Plan) -> tuple[Again, Again | None]:
-        learns = plan.spec.training
-        return split_kernels_of(plan).forwards.repeats.again, repeats(kernels_of(plan))[1] if learns else None
+    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating | None]:
+        backwards = kernels_of(plan).backwards.repeats if plan.spec.training else None
+        return split_kernels_of(plan).forwards.repeats, backwards
 
     def backward(
         self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs

@@ -25,7 +25,7 @@ from attncomp.codegen.tiled_backward_source import (
     learned_reads,
     score_derivative,
 )
-from attncomp.codegen.tiled_launch import backward, forward, kernels_of, repeats
+from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import dropped_below, forward_source
 from attncomp.codegen.tiled_tiles import (
     has_descriptors,
@@ -37,7 +37,7 @@ from attncomp.codegen.tiled_tiles import (
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Again, Exactness, Family, Inputs, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
 WIDEST = 256
 DTYPES = ("float16", "bfloat16", "float32")
@@ -113,8 +113,9 @@ class Tiled:
     ) -> list[torch.Tensor]:
         return backward(kernels_of(plan), grad_out, out, lse, inputs)
 
-    def repeats(self, plan: Plan) -> tuple[Again, Again]:
-        return repeats(kernels_of(plan))
+    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
+        kernels = kernels_of(plan)
+        return kernels.forwards.repeats, kernels.backwards.repeats
 
 
 TILED = Tiled()

@@ -15,13 +15,13 @@ from attncomp.codegen.cases import case_holds, case_request, case_spec, check_wo
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
 from attncomp.codegen.spans import with_spans
-from attncomp.codegen.tiled_launch import backward, forward, kernels_of, repeats
+from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import HOLDS
 from attncomp.codegen.variants.tiled import TILED, with_seeds, with_tables
 from attncomp.cost import Work
 from attncomp.plan import Plan
 from attncomp.spec import TensorInfo
-from attncomp.variant import Again, Exactness, Family, Inputs, Offer, Rejection, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
 
 class TiledChecked:
@@ -72,8 +72,9 @@ class TiledChecked:
     ) -> list[torch.Tensor]:
         return backward(kernels_of(plan, _both), grad_out, out, lse, inputs)
 
-    def repeats(self, plan: Plan) -> tuple[Again, Again]:
-        return repeats(kernels_of(plan, _both))
+    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
+        kernels = kernels_of(plan, _both)
+        return kernels.forwards.repeats, kernels.backwards.repeats
 
 
 def _both(plan: Plan) -> tuple[Plan, Plan]:

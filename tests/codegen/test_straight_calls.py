@@ -14,20 +14,35 @@ from attncomp.codegen import ops, straight_calls
 from attncomp.codegen.compile import has_triton
 from attncomp.codegen.launch import Code
 from attncomp.codegen.prepared import Output, meta
-from attncomp.codegen.straight_calls import Repeats, layout_check, straight_call
+from attncomp.codegen.straight_calls import Repeats, Straight, layout_check, straight_call
+from attncomp.codegen.tiled_launch import Calls
 from attncomp.codegen.triton_calls import DirectCall
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.plan import Plan
 from attncomp.reference import attention_reference
+from attncomp.variant import Repeating
 from tests.codegen import split_kv_runs
 from tests.codegen.tiled_runs import find, plan_of, relative_error, with_dtype
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 
-def _call(x: torch.Tensor, y: torch.Tensor) -> Any:
-    return x, y
+def _again(known: Repeating, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
+    """As the operator does it: the results of a call like an earlier one, or None."""
+    for of, run in known.calls:
+        if of == list(sizes):
+            found = run(*tensors)
+            if found is not None:
+                return found
+    return None
+
+
+def _checked(tensors: Sequence[torch.Tensor]) -> Straight:
+    """A call that only returns what it is given."""
+    check = layout_check(tensors)
+    assert check is not None
+    return lambda *given: given if check(*given) else None
 
 
 # -- what is taken for a repetition ----------------------------------------------------------------------------------
@@ -51,29 +66,27 @@ def _call(x: torch.Tensor, y: torch.Tensor) -> Any:
 def test_no_other_call_is_taken_for_a_repetition(change: Callable[[torch.Tensor], torch.Tensor], which: int) -> None:
     made = Repeats()
     tensors = [torch.randn(3, 4, 4), torch.randn(3, 4, 4)]
-    made.add(tensors, [5], _call)
-    assert made.again([torch.randn(3, 4, 4), torch.randn(3, 4, 4)], [5]) is not None
-    assert made.again(tensors, [6]) is None
-    assert made.again(tensors, []) is None
+    made.add([5], _checked(tensors))
+    assert _again(made, [torch.randn(3, 4, 4), torch.randn(3, 4, 4)], [5]) is not None
+    assert _again(made, tensors, [6]) is None
+    assert _again(made, tensors, []) is None
     tensors[which] = change(tensors[which])
-    assert made.again(tensors, [5]) is None
+    assert _again(made, tensors, [5]) is None
 
 
 def test_few_kinds_are_kept() -> None:
     made = Repeats()
     for n in range(1, 3 * Repeats.MOST):
-        made.add([torch.randn(n), torch.randn(n)], [], _call)
-        assert made.again([torch.randn(n), torch.randn(n)], []) is not None
-        assert len(made) <= Repeats.MOST
-    assert made.again([torch.randn(1), torch.randn(1)], []) is None
+        made.add([], _checked([torch.randn(n), torch.randn(n)]))
+        assert _again(made, [torch.randn(n), torch.randn(n)], []) is not None
+        assert len(made.calls) <= Repeats.MOST
+    assert _again(made, [torch.randn(1), torch.randn(1)], []) is None
 
 
 def test_nothing_repeats_in_a_torch_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(straight_calls, "_GUARDS", None)
     assert layout_check([torch.randn(3)]) is None
-    made = Repeats()
-    made.add([torch.randn(3), torch.randn(3)], [], _call)
-    assert len(made) == 0
+    assert straight_call([torch.randn(4)], torch.device("cpu"), [], 0, []) is None
 
 
 def test_a_check_keeps_no_tensor() -> None:
@@ -151,7 +164,9 @@ def _marked(args: tuple[Any, ...], known: Sequence[torch.Tensor]) -> list[Any]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["causal", "alibi_learned", "dense_bias_shared", "sink"])
-def test_a_repetition_launches_what_the_first_calls_did(launches: Launches, name: str, packed: bool) -> None:
+def test_a_repetition_launches_what_the_first_calls_did(
+    launches: Launches, name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launches.after = ("annotations", "signature") if packed else None
     case, plan = _tiled(name)
     digest = _registered(plan)
@@ -159,10 +174,12 @@ def test_a_repetition_launches_what_the_first_calls_did(launches: Launches, name
     every: list[tuple[list[Any], list[Any], int]] = []
     held = []
     for n in range(4):
-        out, lse = ops.run_attention(q, k, v, captured, case.sizes, digest)
+        if n == 2:
+            monkeypatch.setattr(Calls, "run", None)  # from here on, every call repeats one
+        out, lse = ops.run_attention(q, k, v, captured, list(case.sizes), digest)
         forward = [_marked(x, [q, k, v, *captured, out, lse]) for x in launches.taken()]
         grad = torch.empty_like(out)
-        grads = ops.run_attention_backward(grad, out, lse, q, k, v, captured, case.sizes, digest)
+        grads = ops.run_attention_backward(grad, out, lse, q, k, v, captured, list(case.sizes), digest)
         backward = [_marked(x, [q, k, v, *captured, out, lse, grad, *grads]) for x in launches.taken()]
         every.append((forward, backward, launches.by_triton))
         held.append((out, lse, grads))  # so that no memory is met twice
@@ -172,7 +189,7 @@ def test_a_repetition_launches_what_the_first_calls_did(launches: Launches, name
     again = ops._repeats[digest]
     assert again[0] is not None
     assert again[1] is not None
-    assert again[0]((q, k, v, *captured), case.sizes) is not None
+    assert _again(again[0], (q, k, v, *captured), case.sizes) is not None
     assert every[1] == every[2] == every[3]
     shapes = [[(t.shape, t.stride(), t.dtype) for t in (out, lse, *grads)] for out, lse, grads in held]
     assert all(shape == shapes[0] for shape in shapes)
@@ -183,21 +200,28 @@ def test_gradients_that_are_added_to_begin_as_zeros(launches: Launches) -> None:
     digest = _registered(plan)
     q, k, v, *captured = case.inputs("cpu")
     for _ in range(4):
-        out, lse = ops.run_attention(q, k, v, captured, case.sizes, digest)
-        *_, learned = ops.run_attention_backward(torch.empty_like(out), out, lse, q, k, v, captured, case.sizes, digest)
+        out, lse = ops.run_attention(q, k, v, captured, list(case.sizes), digest)
+        *_, learned = ops.run_attention_backward(
+            torch.empty_like(out), out, lse, q, k, v, captured, list(case.sizes), digest
+        )
         assert bool((learned == 0).all())
 
 
 @pytest.mark.parametrize("name", [c.name for c in split_kv_runs.CASES][:4])
-def test_memory_between_kernels_is_apart_and_aligned(launches: Launches, name: str) -> None:
+def test_kernels_are_given_the_same_memory_between_them(
+    launches: Launches, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = split_kv_runs.find(name)
-    plan = split_kv_runs.split_plan(case, "cuda")
+    plan = split_kv_runs.split_plan(case, "cuda", programs=40)
     digest = _registered(plan)
     q, k, v, *captured = case.inputs("cpu")
     given = []
-    for _ in range(4):
-        out, _ = ops.run_attention(q, k, v, captured, case.sizes, digest)
+    for n in range(4):
+        if n == 2:
+            monkeypatch.setattr(Calls, "run", None)
+        out, _ = ops.run_attention(q, k, v, captured, list(case.sizes), digest)
         given.append([_marked(x, [q, k, v, *captured, out]) for x in launches.taken()])
+    assert len(given[1]) == 2, "it was to be in parts"
     assert given[1] == given[2] == given[3]
 
 
@@ -215,16 +239,16 @@ def test_pieces_of_one_memory_do_not_overlap() -> None:
         def lines(self, place: int) -> tuple[list[str], dict[str, Any]]:
             return ["see([p1, p2, p3, p4, p5])"], {"see": seen.extend}
 
-    call = straight_call(1, cpu, outputs, 1, [OneLaunch()])  # type: ignore[list-item]
-    assert call is not None
-    (x,) = [torch.empty(64)]
+    x = torch.empty(64)
     assert x.data_ptr() % 16 == 0
-    out = call(x)
+    call = straight_call([x], cpu, outputs, 1, [OneLaunch()])  # type: ignore[list-item]
+    assert call is not None
+    (out,) = call(x)
     assert out.data_ptr() == seen[0]
     ends = [at + 4 * n for at, n in zip(seen[1:], sizes, strict=True)]
     assert all(end <= following for end, following in zip(ends, seen[2:], strict=False))
     assert all((at - seen[1]) % straight_calls.GRAIN == 0 for at in seen[1:])
-    assert call(torch.empty(64)[1:]) is None, "an address that is no multiple of 16"
+    assert call(torch.empty(65)[1:]) is None, "an address that is no multiple of 16"
 
 
 def test_no_repetition_while_a_profiler_looks_on(launches: Launches) -> None:
@@ -234,20 +258,20 @@ def test_no_repetition_while_a_profiler_looks_on(launches: Launches) -> None:
     digest = _registered(plan)
     q, k, v, *_ = case.inputs("cpu")
     for _ in range(3):
-        ops.run_attention(q, k, v, [], case.sizes, digest)
+        ops.run_attention(q, k, v, [], list(case.sizes), digest)
     again = ops._repeats[digest][0]
     assert again is not None
-    assert again((q, k, v), case.sizes) is not None
+    assert _again(again, (q, k, v), case.sizes) is not None
     before = launches.by_triton
     hook = knobs.runtime.launch_enter_hook
     hook.add(print)
     try:
-        assert again((q, k, v), case.sizes) is None
-        ops.run_attention(q, k, v, [], case.sizes, digest)
+        assert _again(again, (q, k, v), case.sizes) is None
+        ops.run_attention(q, k, v, [], list(case.sizes), digest)
         assert launches.by_triton == before + 1
     finally:
         hook.remove(print)
-    assert again((q, k, v), case.sizes) is not None
+    assert _again(again, (q, k, v), case.sizes) is not None
 
 
 def test_a_misaligned_tensor_is_no_repetition(launches: Launches) -> None:
@@ -255,15 +279,15 @@ def test_a_misaligned_tensor_is_no_repetition(launches: Launches) -> None:
     digest = _registered(plan)
     q, k, v, *_ = case.inputs("cpu")
     for _ in range(3):
-        ops.run_attention(q, k, v, [], case.sizes, digest)
+        ops.run_attention(q, k, v, [], list(case.sizes), digest)
     odd = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
     launches.taken()
     by_triton = launches.by_triton
-    ops.run_attention(q, odd, v, [], case.sizes, digest)
+    ops.run_attention(q, odd, v, [], list(case.sizes), digest)
     assert launches.by_triton == by_triton + 1, "the code for aligned tensors was run"
     again = ops._repeats[digest][0]
     assert again is not None
-    assert again((q, odd, v), case.sizes) is None
+    assert _again(again, (q, odd, v), case.sizes) is None
 
 
 def test_lengths_that_change_are_prepared_anew(launches: Launches) -> None:
@@ -282,10 +306,10 @@ def test_threads_are_given_their_own_memory(launches: Launches) -> None:
     digest = _registered(plan)
     q, k, v = case.inputs("cpu")[:3]
     for _ in range(3):
-        ops.run_attention(q, k, v, [], case.sizes, digest)
+        ops.run_attention(q, k, v, [], list(case.sizes), digest)
 
     def work(thread: int) -> list[torch.Tensor]:
-        return [ops.run_attention(q, k, v, [], case.sizes, digest)[0].fill_(float(thread)) for _ in range(20)]
+        return [ops.run_attention(q, k, v, [], list(case.sizes), digest)[0].fill_(float(thread)) for _ in range(20)]
 
     with ThreadPoolExecutor(8) as pool:
         for thread, outs in enumerate(pool.map(work, range(8))):
@@ -298,12 +322,14 @@ def test_a_plan_without_gradients_keeps_no_row_sums(launches: Launches) -> None:
     digest = _registered(plan)
     q, k, v, *_ = case.inputs("cpu")
     for _ in range(3):
-        out, lse = ops.run_attention(q, k, v, [], case.sizes, digest)
+        out, lse = ops.run_attention(q, k, v, [], list(case.sizes), digest)
         assert lse.shape == (0,)
-    fake_out, fake_lse = ops._forward_fake(q, k, v, [], case.sizes, digest)
+    empties = [torch.ops.attncomp.attention(q, k, v, [], list(case.sizes), digest)[1] for _ in range(2)]
+    assert empties[0] is not empties[1], "autograd marks what the operator returns"
+    fake_out, fake_lse = ops._forward_fake(q, k, v, [], list(case.sizes), digest)
     assert (fake_out.shape, fake_lse.shape) == (out.shape, lse.shape)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    found = torch.ops.attncomp.attention(*leaves, [], case.sizes, digest)[0]
+    found = torch.ops.attncomp.attention(*leaves, [], list(case.sizes), digest)[0]
     with pytest.raises(RuntimeError, match="no gradients were needed"):
         found.sum().backward()
 
@@ -323,11 +349,11 @@ def test_repetitions_on_a_device_are_right(name: str) -> None:
         learns = [n < 3 or info.requires_grad for n, info in enumerate(case.spec.tensors)]
         wide = [x.double().requires_grad_(learn) for x, learn in zip(inputs, learns, strict=True)]
         expected = attention_reference(case.spec, wide[0], wide[1], wide[2], wide[3:], case.sizes)
-        out, lse = ops.run_attention(q, k, v, captured, case.sizes, digest)
+        out, lse = ops.run_attention(q, k, v, captured, list(case.sizes), digest)
         assert relative_error(out, expected.detach()) <= 3e-2
         grad = torch.randn_like(out)
         right = torch.autograd.grad(expected, [x for x in wide if x.requires_grad], grad.double())
-        made = ops.run_attention_backward(grad, out, lse, q, k, v, captured, case.sizes, digest)
+        made = ops.run_attention_backward(grad, out, lse, q, k, v, captured, list(case.sizes), digest)
         for mine, wanted in zip(made, right, strict=True):
             assert relative_error(mine, wanted) <= 3e-2
 
@@ -336,7 +362,7 @@ def test_repetitions_on_a_device_are_right(name: str) -> None:
     again = ops._repeats[digest]
     q, k, v, *captured = case.inputs("cuda")
     assert again[0] is not None
-    assert again[0]((q, k, v, *captured), case.sizes) is not None, "this call repeats none"
+    assert _again(again[0], (q, k, v, *captured), case.sizes) is not None, "this call repeats none"
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         check()
@@ -345,7 +371,7 @@ def test_repetitions_on_a_device_are_right(name: str) -> None:
         list(pool.map(lambda _: check(), range(8)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = ops.run_attention(q, k, v, captured, case.sizes, digest)
+        out, _ = ops.run_attention(q, k, v, captured, list(case.sizes), digest)
     for _ in range(3):
         for x in (q, k, v):
             x.normal_()
