@@ -14,6 +14,9 @@ from typing import Any
 from attncomp.proof import MaskProof
 from attncomp.spec import AttentionSpec
 
+STORED = "stored"
+"""The parameter of a variant that takes keys and values as they are stored (`TensorInfo.stored`), not cast."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -16,7 +16,7 @@ expressions like any other. `docs/architecture.md` shows how each known family i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from attncomp import polynomial
@@ -57,6 +57,8 @@ class TensorInfo:
         positions do, or None where no such fact was proven.
     falls: the dimension along which the tensor is proven never to grow (a cumulated sum of what is never positive), or
         None where no such fact was proven.
+    stored: of k and v, the narrower dtype in which the graph has the tensor before a cast to `dtype` that changes no
+        value, or None.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TensorInfo:
     requires_grad: bool = False
     relative: tuple[int, int] | None = None
     falls: int | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +219,7 @@ class AttentionSpec:
         return AttentionSpec(
             sizes=tuple(fresh(s) for s in self.sizes),
             tensors=tuple(
-                TensorInfo(t.name, tuple(fresh(s) for s in t.shape), t.dtype, t.requires_grad, t.relative, t.falls)
-                for t in self.tensors
+                replace(t, shape=tuple(fresh(s) for s in t.shape)) for t in self.tensors
             ),
             score=fresh(self.score),
             program=fresh(self.program),
@@ -250,6 +252,7 @@ class AttentionSpec:
                     "requires_grad": x.requires_grad,
                     "relative": None if x.relative is None else list(x.relative),
                     "falls": x.falls,
+                    "stored": x.stored,
                 }
                 for x in self.tensors
             ],
@@ -288,6 +291,7 @@ class AttentionSpec:
                     x["requires_grad"],
                     None if x["relative"] is None else (int(x["relative"][0]), int(x["relative"][1])),
                     x["falls"],
+                    x["stored"],
                 )
                 for x in data["tensors"]
             ),

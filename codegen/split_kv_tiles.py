@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from attncomp.codegen.data_bounds import data_bounds
 from attncomp.codegen.tiled_source import width_parts
 from attncomp.codegen.tiled_tiles import (
     HOST_LAUNCHES,
@@ -15,9 +18,10 @@ from attncomp.codegen.tiled_tiles import (
 from attncomp.cost import Work
 from attncomp.expr import Const
 from attncomp.proof import MaskProof
+from attncomp.spec import AttentionSpec
 from attncomp.variant import Request
 
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_BYTES = {"float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _SMALLEST, _MOST_ROWS, _MOST_KEYS = 16, 64, 128
 _STAGE_BYTES = 32 * 1024
 """Keys and values of one step. A multiprocessor of an H100 has 25 GB/s to itself and waits 0.8 µs for memory: two
@@ -46,7 +50,7 @@ def split_tile(request: Request) -> Tile:
     small = hardware.capability < (9, 0)
     # The smaller matrix instructions hold whole rows of the output in few warps: wide ones would not fit.
     block_m = _power_of_two(packed_rows(request), _SMALLEST, _MOST_ROWS // 2 if small and e > 128 else _MOST_ROWS)
-    fitting = _STAGE_BYTES // ((d + e) * item)
+    fitting = _STAGE_BYTES // key_bytes(spec, d, e)
     most = min(max(1 << (fitting.bit_length() - 1), _SMALLEST), _MOST_KEYS)
     keys = spec.size("j")
     if isinstance(keys, Const):
@@ -58,20 +62,53 @@ def split_tile(request: Request) -> Tile:
     tiles = [_tile(block_m, n, warps, stages) for n in sizes for stages in (3, 2)]
     for resident in (_RESIDENT, 1):
         for tile in tiles:
-            if split_shared_bytes(tile, d, e, item, reads) * resident <= limit:
-                return {**tile, "resident": resident}
+            if split_shared_bytes(tile, d, e, item, reads, key_bytes(spec, d, e)) * resident <= limit:
+                return {**_evened(tile, request, limit, resident), "resident": resident}
     return {**_tile(block_m, _SMALLEST, warps, 1), "resident": 1}
 
 
-def split_shared_bytes(tile: Tile, d: int, e: int, item: int, reads: float = 0.0) -> float:
+def key_bytes(spec: AttentionSpec, d: int, e: int) -> int:
+    """Of one key and its value, as they are stored."""
+    return sum(_BYTES[t.stored or t.dtype] * n for t, n in ((spec.tensor("k"), d), (spec.tensor("v"), e)))
+
+
+def _evened(tile: Tile, request: Request, limit: int, least: int) -> Tile:
+    """This tile, or one like it whose programs come out even on the multiprocessors, where nothing divides the keys.
+
+    Of 64 sequences of 8 key heads, 512 programs on 132 multiprocessors, three at a time leave most of the device idle
+    for a second round: 0.736 ms for 8k keys on an H100, where two or six at a time take 0.70 (benchmarks/decode.py).
+    least: programs that must fit a multiprocessor.
+    """
+    hints, hardware = request.hints, request.hardware
+    tiles = -(-packed_rows(request) // tile["block_m"])
+    programs = hints["b"] * max(1, hints["h"] // (request.spec.group or 1)) * tiles
+
+    def at_a_time(tile: Tile) -> int:
+        d, e = hints["d"], hints["e"]
+        reads, item = element_loads(request.spec, request.proof), _BYTES[request.spec.dtype]
+        return int(limit // split_shared_bytes(tile, d, e, item, reads, key_bytes(request.spec, d, e)))
+
+    def evenness(tile: Tile) -> float:
+        each, rounds_of = programs / max(hardware.sms, 1), at_a_time(tile)
+        return each / (math.ceil(each / rounds_of) * rounds_of if each > rounds_of else math.ceil(each))
+
+    if programs <= hardware.sms * at_a_time(tile) or data_bounds(request.proof.residual):
+        return tile  # the keys are divided, or the sequences differ in length
+    halved = {**tile, "block_n": max(tile["block_n"] // 2, _SMALLEST), "num_stages": 3}
+    deeper = {**tile, "num_stages": tile["num_stages"] + 1}
+    return max((t for t in (tile, halved, deeper) if at_a_time(t) >= least), key=evenness)
+
+
+def split_shared_bytes(tile: Tile, d: int, e: int, item: int, reads: float = 0.0, key: int | None = None) -> float:
     """Estimate of the kernel's shared memory: queries, the steps on their way, and the weights in between.
 
-    reads: bytes of captured tensors that are read for each pair.
+    reads: bytes of captured tensors that are read for each pair. key: bytes of a key and its value, if they are stored
+    in another dtype than the queries.
     """
     m, n = tile["block_m"], tile["block_n"]
     # Tiles of 64 rows may use Hopper's instructions, which read a step from shared memory while the next ones arrive.
     steps = tile["num_stages"] - (m < 64)
-    return item * (m * d + steps * n * (d + e) + m * n) + steps * m * n * reads
+    return item * m * (d + n) + steps * n * (item * (d + e) if key is None else key) + steps * m * n * reads
 
 
 def _tile(block_m: int, block_n: int, warps: int, stages: int) -> Tile:
@@ -119,7 +156,7 @@ def split_work(request: Request, tile: Tile, precision: str) -> Work:
     pairs = b * places * tile["block_m"] * visited
     splits = equal_splits(tile, b, places, j, hardware.sms)
     compute, bandwidth = grid_shares(b * places * splits, hardware)
-    keys = b * max(1, h // group) * visited * (d + e) * item
+    keys = b * max(1, h // group) * visited * key_bytes(spec, d, e)
     queries = b * h * i * (d + e) * item
     traffic = max(keys, keys * row_tiles / L2_SPEED) + queries + b * h * i * visited * element_loads(spec, proof)
     widths = sum(part.width for width in (d, e) for part in width_parts(width))

@@ -34,7 +34,7 @@ from attncomp.expr import (
     walk,
     where,
 )
-from attncomp.plan import Plan
+from attncomp.plan import STORED, Plan
 from attncomp.spec import AttentionSpec, I, J
 
 FORWARD = "tiled_forward.py.jinja"
@@ -367,11 +367,24 @@ def common_context(plan: Plan) -> dict[str, Any]:
         "eps": repr(float(spec.normaliser.eps)),
         "precision": plan.params["precision"],
         "upcast": plan.params["upcast"],
+        "widened": widened(plan),
         "dropped": dropped_below(spec),
         "share": 1.0 - spec.dropout,
         "when": plan.params.get("when"),
         "holds": HOLDS,
     }
+
+
+def widened(plan: Plan) -> dict[str, str]:
+    """Of keys and values that are read as they are stored, what makes them of the spec's dtype, which has all values.
+
+    By way of float16, which has them too: Triton's conversions of 8 bits to others are not all right about infinities.
+    """
+    if not plan.params.get(STORED):
+        return {}
+    stored = {name: plan.spec.tensor(name) for name in ("k", "v")}
+    names = {"float16": "", "bfloat16": ".to(tl.bfloat16)", "float32": ".to(tl.float32)"}
+    return {name: f".to(tl.float16){names[t.dtype]}" for name, t in stored.items() if t.stored is not None}
 
 
 def dropped_below(spec: AttentionSpec) -> int:

@@ -21,8 +21,24 @@ from attncomp.spec import AttentionSpec, B, H, I, J, Normaliser, TensorInfo
 from attncomp.variant import Offer, Request, Variant
 
 
+def widening_ms(request: Request) -> float:
+    """Predicted time of the casts of keys and values that are stored in a narrower dtype."""
+    n, spec = request.hints, request.spec
+    work = Work(0.0, 0.0, 0)
+    for info, width in ((spec.tensor("k"), "d"), (spec.tensor("v"), "e")):
+        if info.stored is not None:
+            elements = n["b"] * (n["h"] // (spec.group or 1)) * n["j"] * n[width]
+            itemsize = getattr(torch, info.stored).itemsize + getattr(torch, info.dtype).itemsize
+            work += Work(0.0, float(elements * itemsize), 1)
+    return predict_ms(work, request.hardware)
+
+
 def as_written_ms(site: Site, request: Request, variants: Sequence[Variant]) -> float:
     """Predicted time of the site as the user wrote it, compiled by inductor."""
+    return widening_ms(request) + _attention_ms(site, request, variants)
+
+
+def _attention_ms(site: Site, request: Request, variants: Sequence[Variant]) -> float:
     n, spec, hardware = request.hints, request.spec, request.hardware
     if site.written is not None:
         return predict_ms(site.written, hardware)

@@ -181,8 +181,8 @@ def assemble(
         sizes=sizes,
         tensors=(
             TensorInfo("q", (b, h, i, d), dtype, training),
-            TensorInfo("k", (b, kv_heads, j, d), dtype, training),
-            TensorInfo("v", (b, kv_heads, j, e), dtype, training),
+            TensorInfo("k", (b, kv_heads, j, d), dtype, training, stored=_stored(k.node, dtype)),
+            TensorInfo("v", (b, kv_heads, j, e), dtype, training, stored=_stored(v.node, dtype)),
             *infos,
         ),
         score=mul(Load("q", (b_at, h_at, I, D)), Load("k", (b_at, kv_at, J, D))),
@@ -234,7 +234,8 @@ def _operands(
 ) -> tuple[Access, Access, Access] | Rejection:
     """q, k and v as plain tensors of the output's dtype.
 
-    Tensors that were upcast are read before the cast where that makes them so.
+    Tensors that were upcast are read before the cast where that makes them so, and keys and values of 8 bits before it
+    in any case: each variant is given them as it takes them.
     """
     reason = Rejection("operand-layout", "the queries are read in an order that is no view of one tensor")
     for upcasts in (True, False):
@@ -250,13 +251,28 @@ def _operands(
                 reason = Rejection("operand-layout", which) if reason.code == "operand-layout" else reason
                 continue
             dtypes = [value_of(x.node).dtype for x in (q, k, v)]
-            if set(dtypes) == {dtype}:
+            if dtypes[0] == dtype and all(value_of(x.node).dtype == dtype or widens(x.node, dtype) for x in (k, v)):
                 return q, k, v
             names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             output = str(dtype).removeprefix("torch.")
             reason = Rejection("mixed-dtypes", f"queries, keys and values are {names}, the output is {output}")
             break
     return reason
+
+
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WIDE = (torch.float16, torch.bfloat16, torch.float32)
+"""Each of these has every value of each of the narrow ones: exponents, digits, infinities."""
+
+
+def widens(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a cast of this tensor to `dtype` changes no value, and no gradient goes through the cast."""
+    return value_of(node).dtype in _NARROW and dtype in _WIDE and not needs_gradient(node)
+
+
+def _stored(node: Node, dtype: str) -> str | None:
+    found = str(value_of(node).dtype).removeprefix("torch.")
+    return None if found == dtype else found
 
 
 def _take_mask(

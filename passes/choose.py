@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from attncomp.cost import predict_ms
 from attncomp.hardware import Hardware
-from attncomp.plan import Plan
+from attncomp.passes.as_written import widening_ms
+from attncomp.plan import STORED, Plan
 from attncomp.policy import Settings
 from attncomp.report import Candidate
 from attncomp.variant import Offer, Rejection, Request, Variant
@@ -54,6 +55,7 @@ def choose(
             answer = variant.accept(request)
             if isinstance(answer, Offer):
                 ms = predict_ms(answer.work, hardware)
+                ms += 0.0 if answer.params.get(STORED) else widening_ms(request)
                 offers.append((ms, variant, answer))
                 candidates.append(Candidate(variant.name, variant.family, variant.exactness, ms, None))
                 continue

@@ -18,7 +18,8 @@ from attncomp.expr import ONE, Const
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
-from attncomp.plan import Plan
+from attncomp.plan import STORED, Plan
+from attncomp.spec import TensorInfo
 from attncomp.variant import Inputs, Rejection, Variant
 
 Traces: TypeAlias = "dict[Any, GraphModule]"
@@ -49,7 +50,8 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
         return place
 
     def compute(*args: Any) -> list[torch.Tensor]:
-        q, k, v = args[:3]
+        q = args[0]
+        k, v = (_as_taken(args[n], site.spec.tensor(name), plan) for n, name in ((1, "k"), (2, "v")))
         captured = [_beside(c, q) for c in args[3 : 3 + len(site.captured)]]
         sizes = args[3 + len(site.captured) :]
         query = _query(q, site, _batch_sizes(site, q, k, v))
@@ -96,6 +98,11 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
             new.meta["attncomp_grad"] = site.output.meta.get("attncomp_grad", False)
             copies[node] = new
     return Lowered(*results)
+
+
+def _as_taken(t: torch.Tensor, info: TensorInfo, plan: Plan) -> torch.Tensor:
+    """Keys or values in the dtype of the spec, but for a variant whose plan says that it takes them as stored."""
+    return t if info.stored is None or plan.params.get(STORED) else t.to(getattr(torch, info.dtype))
 
 
 def _before_users(graph: GraphModule, site: Site, operands: Sequence[Node]) -> Node | Rejection:

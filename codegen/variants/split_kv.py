@@ -31,7 +31,7 @@ from attncomp.codegen.variants.tiled import (
     rejected_shapes,
     with_tables,
 )
-from attncomp.plan import Plan
+from attncomp.plan import STORED, Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
@@ -55,6 +55,9 @@ class SplitKV:
         found = tabulate(request.spec)
         if found is not None:
             request = replace(request, spec=found.spec)
+        stored = _takes_stored(request)
+        if not stored:
+            request = replace(request, spec=_as_cast(request.spec))
         spec = request.spec
         rejection = (
             rejected_device(request)
@@ -75,6 +78,8 @@ class SplitKV:
         }
         backward_tiles = _backward_tiles(request) if spec.training else {}
         params |= backward_tiles
+        if stored:
+            params[STORED] = True
         params["descriptors"] = request.device == "cuda" and has_descriptors(spec, request.hardware)
         try:
             plan = Plan(spec, request.proof, self.name, params)
@@ -111,6 +116,18 @@ class SplitKV:
 
 
 SPLIT_KV = SplitKV()
+
+
+def _takes_stored(request: Request) -> bool:
+    """Whether keys or values are stored in 8 bits that the kernel reads: Triton loads both formats from Ada on."""
+    spec = request.spec
+    narrow = any(spec.tensor(name).stored is not None for name in ("k", "v"))
+    return narrow and not spec.training and (request.device == "cpu" or request.hardware.capability >= (8, 9))
+
+
+def _as_cast(spec: AttentionSpec) -> AttentionSpec:
+    """The attention over tensors that were cast before."""
+    return replace(spec, tensors=tuple(replace(t, stored=None) for t in spec.tensors))
 
 
 def _backward_tiles(request: Request) -> dict[str, Tile]:

@@ -181,7 +181,22 @@ def _build() -> tuple[Case, ...]:
             training=True,
         ),
     ]
+    cases += [
+        _stored(_case("stored_e4m3"), "float8_e4m3fn", "float8_e4m3fn"),
+        _stored(
+            _case("stored_e5m2_window", query=5, mask=and_(appended, ge(J, Const(9)))), "float8_e5m2", "float8_e5m2"
+        ),
+        _stored(_case("stored_keys", _positions(3, 66), mask=le(J, position), **at), "float8_e4m3fn", None),
+        _stored(_case("stored_80", width=80, key=40), "float8_e5m2", "float8_e4m3fn"),
+    ]
     return (*cases, *(_symbolic(query) for query in (1, 3)))
+
+
+def _stored(case: Case, k: str | None, v: str | None) -> Case:
+    """Keys and values in narrower dtypes."""
+    of_q, of_k, of_v, *rest = case.spec.tensors
+    narrow = dataclasses.replace(of_k, stored=k), dataclasses.replace(of_v, stored=v)
+    return dataclasses.replace(case, spec=dataclasses.replace(case.spec, tensors=(of_q, *narrow, *rest)))
 
 
 def _symbolic(query: int) -> Case:

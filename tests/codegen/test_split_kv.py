@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from attncomp.codegen.data_bounds import data_bounds
 from attncomp.codegen.render import template_sources
 from attncomp.codegen.split_kv_source import SPLIT_KV as TEMPLATE
 from attncomp.codegen.split_kv_source import schedule_of, split_source, whole_source
-from attncomp.codegen.split_kv_tiles import equal_splits, more_splits, split_shared_bytes, split_tile
+from attncomp.codegen.split_kv_tiles import equal_splits, key_bytes, more_splits, split_shared_bytes, split_tile
 from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.variants import VARIANTS
 from attncomp.codegen.variants.split_kv import SPLIT_KV
@@ -62,6 +63,8 @@ _QUICK = {
     "symbolic_3",
     "training",
     "training_sink",
+    "stored_e4m3",
+    "stored_keys",
 }
 _TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 
@@ -83,7 +86,11 @@ def test_matches_the_reference(name: str, programs: int, interpreter: Callable[.
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", ["ragged", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wide", "sink", "width_80", "training"))]
+    "name",
+    [
+        "ragged",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("wide", "sink", "width_80", "training", "stored_80")),
+    ],
 )
 def test_16_bits_match_the_reference(name: str, dtype: str, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(interpreted_split_errors, name, 12, dtype)
@@ -291,6 +298,25 @@ def test_tiles_fit_the_device(hardware: Hardware, dtype: str, width: int, query:
     assert tile["num_stages"] >= 2 or dtype == "float32"
     wide = width > 128 and hardware.capability < (9, 0)
     assert tile["block_m"] == (16 if query == 1 else 32 if wide else 64)
+
+
+@pytest.mark.parametrize("hardware", [H100_SXM, A100_80GB, L4], ids=lambda h: h.name)
+@pytest.mark.parametrize("stored", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("query", [1, 8])
+def test_programs_come_out_even(hardware: Hardware, stored: str | None, query: int) -> None:
+    """Of more than run side by side, the last round is no small one."""
+    for batch in (1, 30, 64, 100, 200):
+        request = _request(hardware=hardware, batch=batch, key=8192, query=query)
+        tensors = tuple(dataclasses.replace(t, stored=stored if t.name != "q" else None) for t in request.spec.tensors)
+        request = dataclasses.replace(request, spec=dataclasses.replace(request.spec, tensors=tensors))
+        tile = split_tile(request)
+        key = key_bytes(request.spec, 128, 128)
+        side_by_side = hardware.shared_memory // split_shared_bytes(tile, 128, 128, 2, key=key)
+        assert side_by_side >= tile["resident"]
+        each = batch * 8 / hardware.sms
+        rounds = each / side_by_side
+        if rounds > 1 and hardware is H100_SXM:  # smaller ones have no room for other tiles
+            assert rounds / math.ceil(rounds) > 0.7, (batch, tile)
 
 
 def test_as_many_programs_as_run_side_by_side() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.codegen.tiled_runs import WIDTHS
 pytestmark = pytest.mark.skipif(not has_triton() or interprets(), reason="needs Triton's compiler")
 
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64"}
+_TYPES |= {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5"}
 _SHARED = {80: 163 * 1024, 90: 227 * 1024}
 _POSITION = Load("c0", (B, I), "int")
 _MASKS: dict[str, Expr] = {
@@ -41,7 +43,7 @@ _MASKS: dict[str, Expr] = {
 }
 
 
-def _plan(capability: int, dtype: str, width: int, query: int, mask: str) -> Plan:
+def _plan(capability: int, dtype: str, width: int, query: int, mask: str, stored: str | None = None) -> Plan:
     hardware: Hardware = H100_SXM if capability == 90 else A100_80GB
     read = (TensorInfo("c0", (Const(8), Const(query)), "int64"),) if mask != "appended" else ()
     softcap = mul(op("tanh", mul(Score(), Const(0.01))), Const(30.0))
@@ -58,6 +60,8 @@ def _plan(capability: int, dtype: str, width: int, query: int, mask: str) -> Pla
         program=softcap if mask == "ragged window" else None,
         normaliser=Normaliser(sink=Load("c1", (H,)) if mask == "ragged" else None),
     )
+    narrow = (replace(t, stored=stored) if t.name in ("k", "v") else t for t in spec.tensors)
+    spec = replace(spec, tensors=tuple(narrow))
     hints = {a: int(s.value) for a, s in zip(AXES, spec.sizes, strict=True) if isinstance(s, Const)}
     request = Request(spec, prove(spec.mask, spec.extents), "cuda", hardware, hints)
     offer = SPLIT_KV.accept(request)
@@ -69,7 +73,10 @@ def _compiled(plan: Plan, capability: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
 
     spec, tile = plan.spec, plan.params["split"]
-    pointers = {t.name: _TYPES[t.dtype] for t in spec.tensors} | {"out": _TYPES[spec.dtype], "shares_of": "*i32"}
+    pointers = {t.name: _TYPES[t.stored or t.dtype] for t in spec.tensors} | {
+        "out": _TYPES[spec.dtype],
+        "shares_of": "*i32",
+    }
     pointers |= dict.fromkeys(("stat", "maxima", "sums", "accs"), "*fp32")
     options = {n: tile[n] for n in ("num_warps", "num_stages")}
     found: dict[str, Any] = {}
@@ -132,6 +139,24 @@ def _instances() -> list[Any]:
                         case = (capability, dtype, width, query, mask)
                         found.append(pytest.param(*case, marks=() if case in quick else pytest.mark.slow))
     return found
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "query", "mask"),
+    [
+        ("float8_e4m3fn", "bfloat16", 1, "ragged"),
+        pytest.param("float8_e5m2", "bfloat16", 64, "appended", marks=pytest.mark.slow),
+        pytest.param("float8_e4m3fn", "float16", 64, "ragged window", marks=pytest.mark.slow),
+        pytest.param("float8_e5m2", "float32", 1, "appended", marks=pytest.mark.slow),
+    ],
+)
+def test_keys_of_8_bits_compile(stored: str, dtype: str, query: int, mask: str, tmp_path: Path) -> None:
+    plan = _plan(90, dtype, 128, query, mask, stored)
+    compiled = _compiled(plan, 90)
+    shared = {kernel: built.metadata.shared * plan.params["split"]["resident"] for kernel, built in compiled.items()}
+    assert {k: v for k, v in shared.items() if v > _SHARED[90]} == {}
+    if dtype != "float32":
+        assert {k: _spilled(c, tmp_path) for k, c in compiled.items()} == dict.fromkeys(compiled, 0)
 
 
 @pytest.mark.parametrize(("capability", "dtype", "width", "query", "mask"), _instances())

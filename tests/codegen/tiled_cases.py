@@ -62,7 +62,7 @@ class Case:
             b, h, t, d = (
                 int(size.value) if isinstance(size, Const) else self.lengths[str(size)] for size in info.shape
             )
-            x = torch.randn(b, t, h, d, dtype=torch.float64).to(getattr(torch, info.dtype))
+            x = torch.randn(b, t, h, d, dtype=torch.float64).to(getattr(torch, info.stored or info.dtype))
             tensors.append(x.transpose(1, 2))
         tensors += [make() for make in self.captured]
         return [t.to(device) for t in tensors]
