@@ -16,6 +16,9 @@ from attncomp.spec import AttentionSpec
 
 STORED = "stored"
 """The parameter of a variant that takes keys and values as they are stored (`TensorInfo.stored`), not cast."""
+BY_HEAD = "by_head"
+"""The parameter of a plan that says whether its output lies in memory as (B, H, T, E), and not as (B, T, H, E). Only
+plans of variants that can do both have it."""
 
 
 @dataclass(frozen=True, slots=True)

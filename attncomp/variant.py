@@ -124,10 +124,10 @@ class KernelVariant(Variant, Protocol):
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse): the output, and what the backward pass needs of each row.
 
-        out is (B, H, Tq, E) with memory order (B, Tq, H, E). lse is (B, H, Tq) float32: the natural log of the row's
-        sum of exponentials; for the normaliser ``sum`` the row's sum before eps; for ``none`` an empty tensor of
-        shape (0,), or the last state (B, H, D, E) where the spec's transition has ``final``. Nothing reads row sums
-        where the spec is not `training`: an empty tensor will do.
+        out is (B, H, Tq, E) with memory order (B, Tq, H, E), or (B, H, Tq, E) where the plan's ``by_head`` is true. lse
+        is (B, H, Tq) float32: the natural log of the row's sum of exponentials; for the normaliser ``sum`` the row's
+        sum before eps; for ``none`` an empty tensor of shape (0,), or the last state (B, H, D, E) where the spec's
+        transition has ``final``. Nothing reads row sums where the spec is not `training`: an empty tensor will do.
         """
         ...
 

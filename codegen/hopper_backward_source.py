@@ -36,12 +36,23 @@ def hopper_kernels(plan: Plan) -> tuple[str, ...]:
     return tuple(name for name in HOPPER_KERNELS if f"hopper_{name}" in plan.params)
 
 
+def finds_drops(plan: Plan) -> bool:
+    """Whether ``queries`` finds what ``prepare`` would for its rows, and leaves it for the kernels after it.
+
+    Not where rows are swept once more for it, and not the gradient of a sink.
+    """
+    spec = plan.spec
+    sink = spec.normaliser.sink
+    learned = sink is not None and bool(learned_reads(spec, sink, "n"))
+    return "queries" in hopper_kernels(plan) and not has_spread(spec) and not learned
+
+
 def hopper_backward_arguments(plan: Plan, kernel: str) -> Arguments:
-    """The arguments of a kernel, which differ only in how their descriptors' boxes are cut."""
+    """The arguments of a kernel, which differ only in how their descriptors' boxes are cut. NEAR: see `turns`."""
     tile = plan.params.get(f"hopper_{kernel}", {"block_n": 0})
     reads = tile_reads(plan.spec, plan.proof)
     tiles = tuple(Described(r.descriptor, r.tensor, "block_m", tile["block_n"], r.rank) for r in reads)
-    return backward_arguments(plan, True, tiles)
+    return backward_arguments(plan, True, tiles, ("NEAR",))
 
 
 def hopper_backward_source(plan: Plan) -> str:
@@ -77,6 +88,7 @@ def hopper_backward_source(plan: Plan) -> str:
         functions=functions,
         program=program_context(exponent),
         spread=has_spread(spec),
+        finds_drops=finds_drops(plan),
         started=_start(exponent),
         derivative_scale=scale_text(slope),
     )

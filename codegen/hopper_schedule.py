@@ -3,7 +3,8 @@
 A program that goes on to a further tile has its first keys in flight while it stores the last output, which saves about
 two microseconds a tile. But which tiles it gets is fixed beforehand, where the hardware hands out tiles, one to a
 program, to whichever multiprocessor is free. Where tiles differ in length the first is worth it only if they can be
-dealt out by length over all heads, and that only if the keys and values of all heads stay in the L2 meanwhile.
+dealt out by length over all heads, and that only if the keys and values of all heads stay in the L2 meanwhile. Where
+no order says which tiles are long, programs that stay take the next one from a counter (``queue``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from attncomp.codegen.spans import uses_spans
 from attncomp.codegen.tiled_tiles import has_even_tiles
+from attncomp.expr import axes_of, loads_of
 from attncomp.plan import Plan
 
 L2_SHARE = 32 * 2**20
@@ -20,6 +22,17 @@ _SHORT = 64
 """Tiles of a head up to which twice as much may pass the L2 by. Measured on an H100 under a causal mask, 16 heads of
 width 128, dealt out by length and by the hardware: 0.115 and 0.148 ms at 4k (32 MB), 0.421 and 0.471 at 8k (64 MB),
 1.73 and 1.60 at 16k (128 MB)."""
+
+
+def turns(plan: Plan, heads: int, bytes_of_head: int) -> int:
+    """How many heads take turns in a backward kernel, where the hardware hands out tiles in order.
+
+    heads: of all sequences together. bytes_of_head: what the tiles of one head read in their loops. Under a mask that
+    makes tiles differ in length the longest of all heads then come first, as long as what they read stays in the L2.
+    """
+    if has_even_tiles(plan.spec, plan.proof) and not uses_spans(plan):
+        return 1
+    return max(1, min(heads, L2_SHARE // max(bytes_of_head, 1)))
 
 
 class Schedule(NamedTuple):
@@ -36,6 +49,11 @@ def schedule(plan: Plan, tiles: int, heads: int, kv_bytes: int, multiprocessors:
     """
     total = tiles * heads
     wave = min(heads, -(-multiprocessors // max(tiles, 1)))  # as many heads as keep the device busy
+    if plan.params["hopper"].get("queue"):
+        # Neighbouring tiles read the same few keys, or else the heads that take turns are to stay in the L2.
+        local = any("i" in axes_of(e) for e in (plan.proof.key_lo, *loads_of(plan.proof.residual)))
+        near = heads if local else max(wave, min(heads, L2_SHARE * heads // max(kv_bytes, 1)))
+        return Schedule(min(total, multiprocessors), near)
     if has_even_tiles(plan.spec, plan.proof) and not uses_spans(plan):
         return Schedule(min(total, multiprocessors), wave)
     if kv_bytes <= L2_SHARE * (2 if tiles <= _SHORT else 1):

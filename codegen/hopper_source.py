@@ -7,6 +7,7 @@ copies, barriers and the order of products are written out.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from attncomp.codegen.data_bounds import bound_texts, data_bounds
 from attncomp.codegen.printer import Level, Printer
@@ -16,6 +17,7 @@ from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_source import (
     Arguments,
     Described,
+    Exponent,
     arguments_of,
     at,
     body_context,
@@ -27,18 +29,22 @@ from attncomp.codegen.tiled_source import (
     narrowed,
     phases_of,
     program_context,
+    static_length,
 )
 from attncomp.expr import TRUE
 from attncomp.plan import Plan
 
 HOPPER = "hopper_forward.py.jinja"
 
+QUEUE = "queue"
+"""The argument that counts the tiles that were taken, where whoever is free takes the next; it starts at 0."""
 _RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 
 
 def hopper_arguments(plan: Plan) -> Arguments:
     """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and `Schedule.near`."""
-    own, tile = forward_tensors(plan.spec), plan.params["hopper"]
+    tile = plan.params["hopper"]
+    own = (*forward_tensors(plan.spec), *((QUEUE,) if tile.get("queue") else ()))
     reads = tile_reads(plan.spec, plan.proof)
     tiles = tuple(Described(r.descriptor, r.tensor, "rows", tile["block_n"], r.rank) for r in reads)
     found = arguments_of(plan, own, own[:3], ("NB", "NEAR"), descriptors=True, tiles=tiles)
@@ -90,19 +96,27 @@ def hopper_source(plan: Plan) -> str:
     inner = printer.inner(inside={"i": "i_in"})
     edge = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
     for body, masks in ((inner, {}), (edge, {"j": "own_ok"})):
-        body.reading_aside({"j": "own_j"}, bring="gl.convert_layout({}, SCORES)", prefix="k", masks=masks)
+        body.reading_aside({"j": "own_j"}, bring=f"{_BRING}({{}}, SCORES)", prefix="k", masks=masks)
     inner_body = body_context(inner, exponent, [], tested, length_test=False)
-    edge_body = body_context(edge, exponent, mask, proof.residual, length_test=proof.key_hi == spec.size("j"))
+    length_test = proof.key_hi == spec.size("j")
+    edge_body = body_context(edge, exponent, mask, proof.residual, length_test=length_test)
     inner_body["before"], edge_body["before"] = inner.before(), edge.before()
+    branches = _branches(plan, printer, exponent) if tile.get("branches") else None
     arguments = hopper_arguments(plan)
     described = [d.name for d in arguments.described]
+    rings = [*_RINGS, *(f"{r.tensor}_tiles" for r in reads)]
+    if tile.get("queue"):
+        rings += ["noted", "noted_full"]
     return render(
         HOPPER,
         **common_context(plan),
         language="gl",
         described=described,
         arguments=list(arguments.names[len(described) :]),
-        rings=[*_RINGS, *(f"{r.tensor}_tiles" for r in reads)],
+        rings=rings,
+        queue=bool(tile.get("queue")),
+        branches=branches,
+        ranges=_BOUNDS[:2] if not branches else [f"{name}_$" for name in _BOUNDS] if branches["data"] else [],
         reads=reads,
         through_q=bool(reads) and spec.size("d") == spec.size("e"),
         block_m=tile["block_m"],
@@ -125,3 +139,49 @@ def hopper_source(plan: Plan) -> str:
         phases=phases_of(plan, "j", tile["block_n"]),
         bounded=is_bounded(spec.program),
     )
+
+
+_BRING = "gl.convert_layout"
+_BOUNDS = ("inner_low", "inner_high", "sure_low", "sure_high")
+
+
+def _branches(plan: Plan, printer: Printer, exponent: Exponent) -> dict[str, Any]:
+    """What a loop needs that tests the elements of some tiles, in branches, and of most tiles none."""
+    spec, proof, tile = plan.spec, plan.proof, plan.params["hopper"]
+    outer = printer.levels[0]
+    ends = [at(proof.key_lo, "i_last"), at(proof.key_hi, "i_first")]
+    reads = [load for both in span_reads(spec, KEY_SPANS) for load in both] if uses_spans(plan) else []
+    own = Printer(spec, printer.levels, printer.axes, roots=[*ends, *reads], language="gl")
+    low, high = (own.value(e) for e in ends)
+    bounds = [low, f"gl.minimum({high}, TK)"]
+    if uses_spans(plan):
+        spans = span_texts(plan, own, KEY_SPANS, tile["rows"])
+        bounds += [spans.whole_first, spans.whole_last]
+    tests = []
+    for prefix in ("r", "e"):
+        test = printer.inner(inside={"i": "i_in", "j": "j_in"}, masks={"j": "j_ok"})
+        test.levels = (outer, replace(printer.levels[1], prefix=prefix))
+        tests.append(test)
+    range_test, data_test = tests
+    main = printer.inner(inside={"i": "i_in"})
+    for reader, prefix, mask in ((main, "k", "own_ok"), (data_test, "f", "own_unsure")):
+        reader.reading_aside({"j": "own_j"}, bring=f"{_BRING}({{}}, SCORES)", prefix=prefix, masks={"j": mask})
+    body = body_context(main, exponent, [], TRUE, length_test=False) | {"mask": "tested"}
+    in_range = [f"({range_test.value(e)})" for e in element_mask(plan)]
+    length = static_length(spec, "j")
+    if proof.key_hi == spec.size("j") and (length is None or length % tile["block_n"]):
+        in_range.append("j_ok")
+    data = data_test.value(proof.residual) if uses_spans(plan) else ""
+    always, sometimes = main.before(), data_test.before()
+    return {
+        "body": body,
+        # What a tile reads for each key is on its way while the tile before is computed.
+        "reads": [line for line in (*always, *sometimes) if _BRING not in line],
+        "brings": [line for line in always if _BRING in line],
+        "bounds": bounds,
+        "bound_lines": own.lines(0),
+        "range": " & ".join(in_range),
+        "range_lines": range_test.lines(1),
+        "data": data,
+        "data_lines": [*(line for line in sometimes if _BRING in line), *data_test.lines(1)],
+    }

@@ -15,7 +15,7 @@ import torch
 from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
 from attncomp.expr import loads_of
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs, KernelVariant, Repeating, RepeatingVariant
 
 _LIBRARY = torch.library.Library("attncomp", "DEF")
@@ -152,8 +152,11 @@ def _keep_repeats(digest: str, plan: Plan, variant: KernelVariant) -> None:
 
 def _forward_fake(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = q.shape
-    out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     plan, _ = resolve(digest)
+    if plan.params.get(BY_HEAD):
+        out = q.new_empty(batch, heads, length, v.shape[-1])
+    else:
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     if _returns_state(plan):
         return out, q.new_empty((batch, heads, q.shape[-1], v.shape[-1]), dtype=state_dtype(plan, q, captured))
     return out, q.new_empty((batch, heads, length) if _returns_rows(plan) else (0,), dtype=torch.float32)

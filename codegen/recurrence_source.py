@@ -13,17 +13,11 @@ from attncomp.plan import Plan
 TEMPLATE = "recurrence.py.jinja"
 SCAN_BLOCK = 1024
 SCAN_COLUMNS = 32
-BASE = 8
-"""Rows of the blocks of a triangular system that are solved by substitution."""
-
 SMALLEST_LOG = -200.0
 """The base-2 logarithm that stands for a gate of zero: its power is zero in float32."""
 
 WIDEST_LOG = 100.0
 """A chunk's gates, from its middle, within 2^±this: then each factor of a pair's gates is in the range of the type."""
-
-DEEPEST_LOG = 120.0
-"""And their middle this near to 1, so that the gates in front of it are a factor that does not underflow."""
 
 WORKING = {"bfloat16": "tl.bfloat16", "float16": "tl.float32", "float32": "tl.float32"}
 
@@ -40,20 +34,15 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     "back_summary": ("q", "k", "grad", *_ROWS, "scale", "back_sums"),
     "back_scan": ("sums", "totals", "back_sums", "carried"),
     "back_states": ("q", "k", "grad", *_ROWS, "scale", "carried", "behind", "first_state"),
-    "gradients": (
-        *("q", "k", "v", "grad", "gates", "beta", "system", "weight", "scale", "before", "behind"),
-        *("dv", "dbeta", "dweight", "dq", "dk", "dgate"),
-    ),
     "value_gradients": (
         *("q", "k", "v", "grad", *_ROWS, "lowers", "scale", "before", "behind", "dv", "dbeta", "dweight"),
         *("dpairs", "dlowers", "made", "erased"),
     ),
     "key_gradients": (
-        *("q", "k", "v", "grad", "gate", "lasts", "weight", "scale", "before", "behind", "made", "erased"),
-        *("dpairs", "dlowers", "narrow", "dq", "dk", "dgate"),
+        *("q", "k", "v", "grad", "gate", "gates", "lasts", "weight", "scale", "before", "behind", "made", "erased"),
+        *("dpairs", "dlowers", "dq", "dk", "dgate"),
     ),
 }
-_TENSORS["wide_key_gradients"] = _TENSORS["key_gradients"]
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "summary": ("segments", "segment_chunks", "swept", "starts"),
     "scan": ("segments", "starts"),
@@ -140,7 +129,7 @@ class Shape:
             "behind",
             "first_state",
         }
-        found |= {"dq", "dk", "dv", "dpairs", "narrow"}
+        found |= {"dq", "dk", "dv", "dpairs"}
         if f.per != "none":
             found |= {"gate", "dgate"}
             found |= {"totals"} if not f.delta else set()
@@ -167,18 +156,16 @@ class Shape:
             found = [*found, "systems"]
         found = [*found, "summary", "scan", "output"]
         if self.training:
-            found += ["states", "back_summary", "back_scan", "back_states"]
-            of_channels = ["value_gradients", "key_gradients", "wide_key_gradients"]
-            found += of_channels if f.per == "channel" else ["gradients"]
+            found += ["states", "back_summary", "back_scan", "back_states", "value_gradients", "key_gradients"]
         return tuple(found)
 
     def tensors(self, kernel: str) -> tuple[str, ...]:
         f = self.form
         hidden: set[str] = set()
-        if f.per == "channel" and kernel not in ("channels", "key_gradients", "wide_key_gradients", "steps"):
+        if f.per == "channel" and kernel not in ("channels", "key_gradients"):
             hidden |= {"q", "k"}
-        if f.delta and kernel in ("key_gradients", "wide_key_gradients"):
-            hidden |= {"v"}
+        if kernel == "key_gradients":
+            hidden |= ({"v"} if f.delta else set()) | ({"gate"} if f.per == "token" else set())
         if kernel == "back_summary" and not f.delta:
             hidden |= {"pairs", "kout"}
         return tuple(t for t in _TENSORS[kernel] if t in self.present and t not in hidden)
@@ -214,8 +201,7 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         bd=shape.channels,
         gd=shape.gradient_channels,
         chunk=shape.chunk,
-        base=BASE,
-        doublings=tuple(BASE << n for n in range((shape.chunk // BASE).bit_length() - 1)),
+        doublings=tuple(2**n for n in range(4, shape.chunk.bit_length() - 1)),
         scan_by=min(SCAN_COLUMNS, shape.be),
         y_blocks=shape.y_blocks,
         scan_block=SCAN_BLOCK,
@@ -223,8 +209,6 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         log2e=LOG2E,
         smallest_log=SMALLEST_LOG,
         widest_log=WIDEST_LOG,
-        deepest_log=DEEPEST_LOG,
-        sums_by_products=shape.dtype == "bfloat16",
         working=WORKING[shape.dtype],
         precision=precision,
         # float16 has too little range for a sum over all keys; tf32 is as precise and has float32's range.

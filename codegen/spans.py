@@ -165,18 +165,23 @@ class _Blocks:
         place = self._places(axis)
         begins = place * BLOCK
         ends = torch.clamp(begins + BLOCK, max=length)
-        first = torch.where(possible, begins, length).amin(along, keepdim=True)
-        last = torch.where(possible, ends, 0).amax(along, keepdim=True)
-        # The first run of certain blocks: to the first one that is not certain, but follows one. Nothing here waits for
-        # another reduction, so that one kernel finds all four.
+        # The first run of certain blocks: to the first one that is not certain, but follows one.
         certain = certain.expand(*certain.shape[:along], count, *certain.shape[along + 1 :])
         follows = certain.roll(1, along) & (place > 0)
-        whole = torch.where(certain, place, count).amin(along, keepdim=True)
-        beyond = torch.where(~certain & follows, place, count).amin(along, keepdim=True)
-        shape = (batch, self.counts[other])
-        parts = (first, last, whole * BLOCK, beyond * BLOCK)
-        flat = [x.squeeze(along).squeeze(1).expand(shape) for x in parts]
-        return torch.stack(flat, -1).to(torch.int32)
+        parts = (
+            torch.where(possible, begins, length),
+            torch.where(possible, -ends, 0),
+            torch.where(certain, begins, count * BLOCK),
+            torch.where(~certain & follows, begins, count * BLOCK),
+        )
+        # Each is the least of something, so that one reduction finds all four where they will lie: one kernel.
+        part = torch.arange(4, device=place.device)
+        wanted = parts[3].unsqueeze(-1)
+        for n in (2, 1, 0):
+            wanted = torch.where(part == n, parts[n].unsqueeze(-1), wanted)
+        least = wanted.amin(along).squeeze(1)
+        found = torch.where(part == 1, -least, least).to(torch.int32)
+        return found.expand(batch, self.counts[other], 4)
 
     def _tensor(self, x: Part) -> torch.Tensor:
         if isinstance(x, torch.Tensor):

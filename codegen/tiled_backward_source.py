@@ -136,9 +136,11 @@ def gradient_stride(tensor: str, dim: int) -> str:
     return f"g{tensor}_{dim}"
 
 
-def backward_arguments(plan: Plan, descriptors: bool = False, tiles: tuple[Described, ...] = ()) -> Arguments:
+def backward_arguments(
+    plan: Plan, descriptors: bool = False, tiles: tuple[Described, ...] = (), more: tuple[str, ...] = ()
+) -> Arguments:
     """The arguments of every backward kernel. ``gc0`` is the gradient of ``c0``; NB is the batch size. tiles: as
-    `arguments_of`'s."""
+    `arguments_of`'s. more: further lengths."""
     spec = plan.spec
     learned = learned_tensors(spec)
     own = ("q", "k", "v", "out", "grad", "stat", "delta", "shifts", "spreads", "dq", "dk", "dv")
@@ -146,7 +148,7 @@ def backward_arguments(plan: Plan, descriptors: bool = False, tiles: tuple[Descr
         plan,
         (*own, *(f"g{name}" for name in learned)),
         ("q", "k", "v", "out", "grad"),
-        ("NB",),
+        ("NB", *more),
         descriptors=descriptors,
         tiles=tiles,
     )

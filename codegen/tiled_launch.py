@@ -15,12 +15,13 @@ import torch
 
 from attncomp.codegen.compile import interprets, kernel_module
 from attncomp.codegen.hopper_backward_source import (
+    finds_drops,
     hopper_backward_arguments,
     hopper_backward_source,
     hopper_kernels,
 )
-from attncomp.codegen.hopper_schedule import schedule
-from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
+from attncomp.codegen.hopper_schedule import schedule, turns
+from attncomp.codegen.hopper_source import QUEUE, hopper_arguments, hopper_source
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
@@ -37,7 +38,7 @@ from attncomp.codegen.tiled_backward_source import (
     stored_tensors,
 )
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source, keeps_rows
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs
 
 FORWARD_INPUTS = ("q", "k", "v")
@@ -133,6 +134,8 @@ class Launcher:
             for kernel in hopper_kernels(plan):
                 taken = hopper_backward_arguments(plan, kernel)
                 made[kernel] = Kernel(getattr(module, kernel), taken, plan.params[f"hopper_{kernel}"], gluon=True)
+            if finds_drops(plan):
+                del made["prepare"]
         return made
 
     def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
@@ -156,8 +159,8 @@ class Launcher:
         kernels = self._load("backward", named)
         query_tiles = {name: _tiles(queries, kernel.block_m) for name, kernel in kernels.items()}
         grids = {"prepare": query_tiles["prepare"] * batch * heads} if "prepare" in kernels else {}
-        grids["keys"] = _tiles(keys, kernels["keys"].block_n) * batch * key_heads
         grids["queries"] = query_tiles["queries"] * batch * heads
+        grids["keys"] = _tiles(keys, kernels["keys"].block_n) * batch * key_heads
         for n, x in enumerate(pair_kernels(self.plan.spec)):
             name = f"pairs_{n}"
             kept = (batch if "b" in x.axes else 1) * (heads if "h" in x.axes else 1)
@@ -165,7 +168,16 @@ class Launcher:
             diagonal = at_distance(x.load) is not None
             tiles = down * across if not diagonal else max(down + across - 1, 0)
             grids[name] = tiles * kept
-        return {name: kernels[name].prepare(grid, named, lengths, sizes) for name, grid in grids.items() if grid}
+        width = (named["q"].shape[3] + named["v"].shape[3]) * named["q"].element_size()
+        near = {
+            "keys": turns(self.plan, batch * key_heads, heads // max(key_heads, 1) * queries * width),
+            "queries": turns(self.plan, batch * heads, keys * width),
+        }
+        return {
+            name: kernels[name].prepare(grid, named, {**lengths, "NEAR": near.get(name, 1)}, sizes)
+            for name, grid in grids.items()
+            if grid
+        }
 
 
 Finish: TypeAlias = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -290,14 +302,21 @@ class Kernels:
         batch, heads, queries, _ = q.shape
         if max(queries, k.shape[2]) > LONGEST:
             raise ValueError(f"tiled attention covers sequences of up to {LONGEST}, not {max(queries, k.shape[2])}")
+        by_head = bool(self.plan.params.get(BY_HEAD))
+        rows = (heads, queries) if by_head else (queries, heads)
         made = {
-            "out": meta((batch, queries, heads, v.shape[-1]), q.dtype),
+            "out": meta((batch, *rows, v.shape[-1]), q.dtype),
             "stat": meta((batch, heads, queries) if keeps_rows(self.spec) else (0,), torch.float32),
         }
+        counted = any(part.plan.params.get("hopper", {}).get("queue") for part in self.parts)
+        if counted:
+            made[QUEUE] = meta((1,), torch.int32)  # of several kernels only one has tiles to take
         launches = [x for part in self.parts for x in part.forward({**named, **made}, sizes).values()]
-        made["out"] = made["out"].transpose(1, 2)
-        out, stat = (Output(t, q.device, shared=t.numel() == 0 and not self.spec.training) for t in made.values())
-        return PreparedCall(q.device, (out, stat), launches, 2)
+        if not by_head:
+            made["out"] = made["out"].transpose(1, 2)
+        shared = {"stat"} if not keeps_rows(self.spec) and not self.spec.training else set()
+        outputs = [Output(t, q.device, shared=n in shared, zeroed=n == QUEUE) for n, t in made.items()]
+        return PreparedCall(q.device, outputs, launches, 2)
 
     def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:
         """The backward pass over tensors like these (`BACKWARD_INPUTS`, then the captured ones)."""

@@ -34,7 +34,7 @@ from attncomp.expr import (
     walk,
     where,
 )
-from attncomp.plan import STORED, Plan
+from attncomp.plan import BY_HEAD, STORED, Plan
 from attncomp.spec import AttentionSpec, I, J
 
 FORWARD = "tiled_forward.py.jinja"
@@ -371,6 +371,7 @@ def common_context(plan: Plan) -> dict[str, Any]:
         "dropped": dropped_below(spec),
         "share": 1.0 - spec.dropout,
         "when": plan.params.get("when"),
+        "by_head": bool(plan.params.get(BY_HEAD)),
         "holds": HOLDS,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from attncomp import polynomial
 from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_source import exponent_of, width_parts
 from attncomp.cost import Work
@@ -109,7 +110,9 @@ def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware, *, sp
     normaliser, few queries, tensors that are read for each pair other than by tiles, dropout, and what is as fast
     plainly. spans: data says which keys are visited.
 
-    rows: queries of one group of warps; `block_m` are those of a program.
+    rows: queries of one group of warps; `block_m` are those of a program. queue: programs take the next tile when they
+    are free, not in a fixed order. branches: there is one loop, which tests elements in branches; it serves tiles
+    inside and on the edge, so what it computes of a tile must be the same for both.
     """
     widths, queries = {spec.size("d"), spec.size("e")}, spec.size("i")
     if hardware.capability != (9, 0) or not has_descriptors(spec, hardware) or not knows_gluon():
@@ -129,20 +132,38 @@ def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware, *, sp
         # 0.163 at 4k without a mask, but 2.59 and 2.36 at 16k.
         return None
     # Longer programs want registers: on an H100 a softcap at width 128 took 0.194 ms with 64 keys, 0.232 with 128. So
-    # do masks that compare what is read of queries and of keys (documents of 1k in 4k tokens: 0.090 and 0.115 ms,
-    # plainly 0.099; of 512 in 32k: 0.44 and 0.68; at width 64 with 128 keys 0.073, plainly 0.065).
+    # do programs that read for each key, beside a mask that compares what is read of queries and of keys.
+    program = exponent_of(spec).program
     compared = any("i" in axes_of(n) for n in loads_of(proof.residual))
-    if spans and compared and not wide:
-        return None
-    keys, stages = (64, 4) if wide and (special_functions(spec) > 2 or compared) else (128, 2)
-    return {"block_m": 2 * _ROWS, "rows": _ROWS, "block_n": keys, "num_warps": 4, "num_stages": stages}
+    long = special_functions(spec) > 2 or (compared and "j" in axes_of(program))
+    keys, stages = (64, 4) if wide and long else (128, 2)
+    tile = {"block_m": 2 * _ROWS, "rows": _ROWS, "block_n": keys, "num_warps": 4, "num_stages": stages}
+    # In no order that could be fixed beforehand do these tiles get longer or shorter. Documents of 1k in 4k tokens took
+    # 0.070 ms, in fixed order with loops for tiles inside and on the edge 0.116; chunks of 2k 0.080 and 0.094.
+    moves = "i" in axes_of(proof.key_lo) and "i" in axes_of(proof.key_hi)
+    if (spans or moves) and not has_even_tiles(spec, proof):
+        tile["queue"] = 1
+        length = spec.size("j")
+        whole = isinstance(length, Const) and int(length.value) % keys == 0
+        if "j" not in axes_of(program) or (spans and whole):
+            tile["branches"] = 1
+    return tile
 
 
 def has_even_tiles(spec: AttentionSpec, proof: MaskProof) -> bool:
     """Whether all query tiles have about as many keys: all keys, or a window of them that moves with the queries."""
     bounded = proof.key_lo != ZERO or proof.key_hi != spec.size("j")
-    moves = "i" in axes_of(proof.key_lo) and "i" in axes_of(proof.key_hi)
+    length = polynomial.difference(_within(proof.key_hi), _within(proof.key_lo))
+    moves = "i" in axes_of(proof.key_lo) and all(monomial == () for monomial in length)
     return (moves or not bounded) and not {"i", "j"} <= axes_of(proof.residual)
+
+
+def _within(end: Expr) -> Expr:
+    """The end of a range, without what holds it inside of the sequence."""
+    if isinstance(end, Op) and end.name in ("minimum", "maximum"):
+        moving = [a for a in end.args if "i" in axes_of(a)]
+        return moving[0] if len(moving) == 1 else end
+    return end
 
 
 def tile_parameters(spec: AttentionSpec, proof: MaskProof, hardware: Hardware) -> dict[str, Tile]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from attncomp.expr import ONE, Const
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
-from attncomp.plan import STORED, Plan
+from attncomp.plan import BY_HEAD, STORED, Plan
 from attncomp.spec import TensorInfo
 from attncomp.variant import Inputs, Rejection, Variant
 
@@ -48,6 +49,9 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
     place = site.output if site.final is None else _before_users(graph, site, nodes)
     if isinstance(place, Rejection):
         return place
+
+    if BY_HEAD in plan.params and _leaves_by_head(site):
+        plan = changed(plan, params={**plan.params, BY_HEAD: True})
 
     def compute(*args: Any) -> list[torch.Tensor]:
         q = args[0]
@@ -103,6 +107,18 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
 def _as_taken(t: torch.Tensor, info: TensorInfo, plan: Plan) -> torch.Tensor:
     """Keys or values in the dtype of the spec, but for a variant whose plan says that it takes them as stored."""
     return t if info.stored is None or plan.params.get(STORED) else t.to(getattr(torch, info.dtype))
+
+
+def _leaves_by_head(site: Site) -> bool:
+    """Whether what follows needs the output as the graph had it, heads before rows: another order would be copied."""
+    layout, value = site.layout, value_of(site.output)
+    flat = [a for group in layout.order for a in group]
+    stride: Any = 1
+    for size, found in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if found != stride:
+            return False
+        stride = stride * size
+    return flat == list(range(len(layout.sizes) + 2)) and _strided_users(site.output) is None
 
 
 def _before_users(graph: GraphModule, site: Site, operands: Sequence[Node]) -> Node | Rejection:
@@ -221,8 +237,8 @@ def _arranged(t: torch.Tensor, dims: Sequence[int | None]) -> torch.Tensor:
     """Dimensions in the order of `dims`; unused ones (of size 1) dropped, missing ones added with size 1."""
     used = [d for d in dims if d is not None]
     for d in reversed(range(t.dim())):
-        if d not in used:
-            t = t.select(d, 0)
+        if d not in used:  # squeezed where the size is known: the gradient of a selection is a copy
+            t = t.squeeze(d) if isinstance(t.shape[d], int) and t.shape[d] == 1 else t.select(d, 0)
     kept = sorted(used)
     t = t.permute([kept.index(d) for d in used])
     for position, dim in enumerate(dims):

@@ -155,6 +155,22 @@ def test_verify_keeps_a_site_whose_variant_is_wrong(monkeypatch: pytest.MonkeyPa
     assert "verify-values" in site.reason
 
 
+def test_gradients_of_one_sequence_are_not_copied() -> None:
+    """A batch of one is no axis of the spec; what takes it off and puts it back must be views in both directions."""
+    q, k, v = (x[:1].detach().requires_grad_() for x in qkv())
+    out = compiled(attend)(q, k, v)
+    assert attncomp.reports()[-1].sites[0].verdict == "rewritten"
+    seen, queue = set(), [out.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [after for after, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert names
+    assert not {n for n in names if n.startswith(("Select", "Clone", "Copy", "Index"))}
+
+
 def test_min_speedup_keeps_what_gains_nothing() -> None:
     def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

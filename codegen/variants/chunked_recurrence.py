@@ -14,7 +14,7 @@ import torch
 from attncomp.codegen import recurrence_aten as aten
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.ops import attention, attention_and_state, state_dtype
-from attncomp.codegen.recurrence_form import RecurrenceForm, has_constant_decay, recognise, recognise_form
+from attncomp.codegen.recurrence_form import RecurrenceForm, recognise, recognise_form
 from attncomp.codegen.recurrence_kernel_form import KernelForm, kernel_form
 from attncomp.cost import Efficiency, Work
 from attncomp.derivative import derivative
@@ -39,26 +39,16 @@ ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.2, bandwidth=0.5), "cuda": Effici
 
 WIDEST = 128
 SHARED_FOR_LARGE = 200 * 1024
-OPTIONS: dict[str, tuple[int, ...]] = {
+OPTIONS: dict[str, tuple[int, int]] = {
     "sweep": (4, 2),
     "systems": (4, 1),
     "channels": (4, 1),
-    "gradients": (4, 1),
     "value_gradients": (4, 1),
     "key_gradients": (4, 1),
-    "wide_key_gradients": (4, 1),
     "scan": (4, 1),
     "back_scan": (4, 1),
-    "steps": (4, 1),
 }
 """num_warps and num_stages of the kernels; ``sweep`` is for all that are not named."""
-
-# Where there is room for it, seen faster on an H100: more loads on their way.
-DEEPER: dict[str, dict[str, tuple[int, ...]]] = {
-    "delta": {"summary": (4, 3)},
-    "channel": {"summary": (4, 3), "back_summary": (4, 3), "states": (4, 3), "back_states": (4, 3)},
-    "other": {"summary": (4, 3), "back_summary": (4, 3), "gradients": (4, 2)},
-}
 
 # Fitted to forwards on an H100 (torch 2.11, Triton 3.6): bfloat16, 16 heads of 128 by 65536 took 0.71 ms with scalar
 # gates and 1.69 with the delta rule beside them. float32: an estimate.
@@ -93,8 +83,6 @@ class ChunkedRecurrence:
         if not why_not:
             tiles = tiles_for(spec, request.hardware.shared_memory)
             return Offer({"backend": "triton", **tiles}, _triton_work(request, form, tiles), "generated Triton")
-        if spec.transition is None and (form.gate is None or form.gate.per == "head") and has_constant_decay(spec):
-            return Rejection("constant-decay", f"chunked_linear has torch operators for a constant decay; {why_not}")
         rows = ATEN_ROWS["none" if form.gate is None else form.gate.per]
         return Offer({"backend": "aten", "chunk": rows}, _aten_work(request, form, rows), f"torch operators: {why_not}")
 
@@ -186,17 +174,7 @@ def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
     precision = "ieee" if spec.dtype != "float32" else "tf32x3" if highest else "tf32"
     channels = {"channels": 64, "gradient_channels": 64 if half else 32}
     tiles = {"chunk": chunk, "block_y": block, **channels, "programs": 2}
-    return {**tiles, "precision": precision, "options": {**OPTIONS, **(_deeper(spec) if half and large else {})}}
-
-
-def _deeper(spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
-    form = recognise_form(spec)
-    if isinstance(form, Rejection):
-        return {}
-    channel = form.gate is not None and form.gate.per == "channel"
-    if form.erase is not None:
-        return {} if channel else DEEPER["delta"]
-    return DEEPER["channel" if channel else "other"]
+    return {**tiles, "precision": precision, "options": OPTIONS}
 
 
 def _triton_work(request: Request, form: RecurrenceForm, tiles: Mapping[str, Any]) -> Work:

@@ -35,7 +35,7 @@ from attncomp.codegen.tiled_tiles import (
     tiled_work,
 )
 from attncomp.expr import Const, Expr, Sum, Weight, contains
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
@@ -74,6 +74,7 @@ class Tiled:
             "precision": precision if request.spec.dtype == "float32" else "ieee",
             "upcast": request.device == "cpu" and request.spec.dtype == "bfloat16",
             "descriptors": request.device == "cuda" and has_descriptors(request.spec, request.hardware),
+            BY_HEAD: False,
         }
         if request.spec.training and params["descriptors"]:
             tiles |= hopper_backward_tiles(request.spec, request.hardware)

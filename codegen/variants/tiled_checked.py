@@ -19,7 +19,7 @@ from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import HOLDS
 from attncomp.codegen.variants.tiled import TILED, with_seeds, with_tables
 from attncomp.cost import Work
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.spec import TensorInfo
 from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
 
@@ -48,7 +48,7 @@ class TiledChecked:
         idle = Work(0.0, 0.0, launches=4 if request.spec.training else 1)
         (case,) = request.proof.cases
         return Offer(
-            {"general": dict(general.params), "case": dict(simpler.params)},
+            {"general": dict(general.params), "case": dict(simpler.params), BY_HEAD: False},
             simpler.work + idle + check_work(request),
             note=f"{case.proof.text} where the data allows it",
             uses_cases=True,
@@ -80,9 +80,10 @@ class TiledChecked:
 def _both(plan: Plan) -> tuple[Plan, Plan]:
     """The plan of the whole mask and that of the case, each for kernels that run where `HOLDS` says so."""
     (case,) = plan.proof.cases
-    general = {**plan.params["general"], "when": False}
+    order = {BY_HEAD: bool(plan.params.get(BY_HEAD))}
+    general = {**plan.params["general"], **order, "when": False}
     # The spans are those of the whole mask: what is certain of its part that is tested says nothing of the case's.
-    simpler = {**plan.params["case"], "when": True, "spans": False}
+    simpler = {**plan.params["case"], **order, "when": True, "spans": False}
     return (
         replace(plan, proof=replace(plan.proof, cases=()), params=general),
         replace(plan, spec=case_spec(plan.spec, case), proof=case.proof, params=simpler),

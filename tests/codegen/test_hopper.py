@@ -14,8 +14,9 @@ import pytest
 
 from attncomp.codegen import ops, tiled_launch, tiled_tiles
 from attncomp.codegen.compile import cross_compile, has_triton, interprets, signature_of
-from attncomp.codegen.hopper_schedule import Schedule, schedule
-from attncomp.codegen.hopper_source import hopper_arguments, hopper_source
+from attncomp.codegen.hopper_backward_source import hopper_backward_source
+from attncomp.codegen.hopper_schedule import Schedule, schedule, turns
+from attncomp.codegen.hopper_source import QUEUE, hopper_arguments, hopper_source
 from attncomp.codegen.launch import box_layout
 from attncomp.codegen.spans import spanned_plan
 from attncomp.codegen.tile_reads import TileRead, tile_reads
@@ -29,20 +30,22 @@ from attncomp.expr import (
     Load,
     Score,
     add,
-    axes_of,
+    and_,
+    eq,
     floordiv,
     ge,
     gt,
-    loads_of,
     minimum,
     mod,
     mul,
+    sub,
+    to_float,
 )
 from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
-from attncomp.spec import B, H, I, J, TensorInfo, plain_spec
-from attncomp.variant import Offer
+from attncomp.spec import AXES, B, H, I, J, TensorInfo, plain_spec
+from attncomp.variant import Offer, Request
 from tests.codegen import spans_runs
 from tests.codegen.tiled_cases import Case, cases_of
 from tests.codegen.tiled_runs import errors, plan_of, request_of, with_dtype
@@ -129,9 +132,106 @@ def test_spans_are_read(name: str) -> None:
         params = offered(find(name, 128, length=length)).params
         assert "hopper" in params
         assert ("spans" in params) == (length == 640 and name != "proven_image")
-    # At width 64 the plain kernel visits the documents of long sequences faster.
-    assert ("hopper" in offered(find(name, 64, length=640)).params) == (name != "documents")
+    assert "hopper" in offered(find(name, 64, length=640)).params
     assert "hopper" in offered(find(name, 64)).params
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "queue", "branches"),
+    [
+        ("documents", 640, True, True),
+        ("documents", LENGTH, False, False),  # too short for spans
+        ("padding_zero", 640, False, False),  # all tiles of a sequence alike
+        ("causal", 640, False, False),  # dealt out by length
+        ("window", 640, False, False),
+        ("causal_window", 640, False, False),
+        ("plain", 640, False, False),
+        ("proven_local_or_summary", 640, False, False),
+    ],
+)
+def test_tiles_of_no_known_order_are_taken_from_a_queue(name: str, length: int, queue: bool, branches: bool) -> None:
+    tile = offered(find(name, 128, length=length)).params["hopper"]
+    assert ("queue" in tile, "branches" in tile) == (queue, branches)
+
+
+def _chunked(length: int, program: Expr | None = None, *, ids: bool = False) -> Plan:
+    mask = and_(ge(I, J), eq(floordiv(I, Const(512)), floordiv(J, Const(512))))
+    captured = [TensorInfo("c0", (Const(4),), "float32")]
+    if ids:
+        mask = and_(mask, eq(Load("c1", (B, I), "int"), Load("c1", (B, J), "int")))
+        captured.append(TensorInfo("c1", (Const(2), Const(length)), "int64"))
+    spec = plain_spec(
+        batch=2,
+        heads=4,
+        query=length,
+        key=length,
+        width=128,
+        dtype="bfloat16",
+        mask=mask,
+        captured=tuple(captured),
+        program=mul(Score(), Const(0.1)) if program is None else program,
+    )
+    hints = dict(zip(AXES, (2, 4, length, length, 128, 128), strict=True))
+    proof = prove(spec.mask, spec.extents)
+    offer = TILED.accept(Request(spec, proof, "cuda", H100_SXM, hints))
+    assert isinstance(offer, Offer)
+    return Plan(spec, proof, "tiled", offer.params)
+
+
+def test_one_loop_only_where_a_tile_inside_is_computed_as_one_on_the_edge() -> None:
+    alibi = add(mul(Score(), Const(0.1)), mul(Load("c0", (H,)), to_float(sub(J, I))))
+    for length, program, ids, branches in (
+        (2048, None, False, True),
+        (2000, None, False, True),
+        (2048, alibi, False, False),  # takes the registers
+        (2048, alibi, True, True),
+        (2000, alibi, True, False),  # what it reads beyond the end
+    ):
+        plan = _chunked(length, program, ids=ids)
+        assert plan.params["hopper"]["queue"]
+        assert ("branches" in plan.params["hopper"]) == branches
+        source = hopper_source(spanned_plan(plan) if ids else plan)
+        assert source.count("for j_first in range(") == (2 if branches else 4)
+        assert source.count("if (j_first < inner_low) | (j_first + BLOCK_N > inner_high):") == (2 if branches else 0)
+        assert source.count("if (j_first < sure_low) | (j_first + BLOCK_N > sure_high):") == (
+            2 if branches and ids else 0
+        )
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_backward_takes_every_tile_once(group: bool) -> None:
+    """The arithmetic of ``in_turn``, taken from the rendered source."""
+    plan = plan_of(find("symbolic", 128), "cuda")
+    tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+    plan = dataclasses.replace(plan, params={**plan.params, "hopper_keys": tile, "hopper_queries": tile})
+    kernels = hopper_backward_source(plan).split("\ndef queries")
+    name = "group" if group else "head"
+    lines = re.findall(rf"^    ((?:first_head|rest|taking|{name}|tile) = .*)$", kernels[0 if group else 1], re.M)[:5]
+    assert [line.split()[0] for line in lines] == ["first_head", "rest", "taking", name, "tile"]
+    for near in (1, 2, 4, 10):
+        found = []
+        for program in range(7 * 10):
+            tl = SimpleNamespace(minimum=min, program_id=lambda axis, n=program: n)
+            names: dict[str, Any] = {"NEAR": near, "NB": 5, "tiles": 7, "tl": tl}
+            for line in lines:
+                exec(line, names)
+            found.append((names[name], names["tile"]))
+        assert sorted(found) == [(h, t) for h in range(10) for t in range(7)]
+        assert [t for _, t in found[: 2 * near]] == [0] * near + [1] * near
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_of_head", "expected"),
+    [
+        ("causal", 2 << 20, 16),
+        ("causal", 8 << 20, 4),
+        ("causal", 64 << 20, 1),
+        ("plain", 2 << 20, 1),
+        ("window", 2 << 20, 1),
+    ],
+)
+def test_heads_in_turn(name: str, bytes_of_head: int, expected: int) -> None:
+    assert turns(plan_of(find(name, 128), "cuda"), 16, bytes_of_head) == expected
 
 
 def test_an_unknown_triton_has_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +301,16 @@ def test_what_comes_in_tiles(load: Load, shape: tuple[int, ...], dtype: str, mor
         ("causal", 128, 128 << 20, Schedule(2048, 2)),  # by the hardware
         ("causal", 128, 33 << 20, Schedule(2048, 2)),
         ("documents", 32, 32 << 20, Schedule(132, 16)),
+        ("queue", 32, 32 << 20, Schedule(132, 16)),  # of documents: neighbours read the same keys
+        ("queue", 256, 256 << 20, Schedule(132, 16)),
         ("padding_zero", 32, 32 << 20, Schedule(132, 5)),
         ("causal", 2, 1 << 20, Schedule(32, 16)),  # fewer tiles than multiprocessors
         ("plain", 2, 1 << 20, Schedule(32, 16)),
     ],
 )
 def test_schedule(name: str, tiles: int, kv_bytes: int, expected: Schedule) -> None:
-    assert schedule(plan_of(find(name, 128), "cuda"), tiles, 16, kv_bytes, 132) == expected
+    case = find("documents", 128, length=640) if name == "queue" else find(name, 128)
+    assert schedule(plan_of(case, "cuda"), tiles, 16, kv_bytes, 132) == expected
 
 
 @pytest.mark.parametrize("grid", [1, 7, 132, 23 * 5])
@@ -243,6 +346,10 @@ def test_sources_are_golden(name: str, golden: Callable[[str, str], None]) -> No
     golden(f"hopper_{name}", hopper_source(plan_of(find(name, 128), "cuda")))
 
 
+def test_the_source_with_a_queue_is_golden(golden: Callable[[str, str], None]) -> None:
+    golden("hopper_documents_queue", hopper_source(planned(find("documents", 128, length=640))))
+
+
 def test_one_of_two_kernels_has_nothing_to_do() -> None:
     plan = plan_of(find("causal"), "cuda")
     for when, condition in ((True, "=="), (False, "!=")):
@@ -265,7 +372,7 @@ def compiled(plan: Plan) -> Any:
 
     arguments, tile = hopper_arguments(plan), plan.params["hopper"]
     element = _TYPES[plan.spec.dtype]
-    kinds = {t.name: _TYPES[t.dtype] for t in plan.spec.tensors} | {"out": element, "stat": "*fp32"}
+    kinds = {t.name: _TYPES[t.dtype] for t in plan.spec.tensors} | {"out": element, "stat": "*fp32", QUEUE: "*i32"}
     for d in arguments.described:
         block = [*[1] * (d.rank - 2), tile[d.rows], d.width]
         dtype = plan.spec.tensor(d.tensor).dtype if d.tensor != "grad" else plan.spec.dtype
@@ -379,8 +486,6 @@ def test_ranges_from_data_on_a_gpu(name: str, width: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiled_launch, "_kernels", {})  # masks that differ in their data alone share a plan
     monkeypatch.setattr(ops, "_plans", {})
     masked = spans_runs.find(name)
-    if width == 64 and any("i" in axes_of(n) for n in loads_of(masked.mask)):
-        pytest.skip("left to the plain kernel")
     if masked.queries == masked.keys:
         masked = dataclasses.replace(masked, queries=1000, keys=1000)
     case = with_dtype(spans_runs.case_of(masked, width=width), "bfloat16")

@@ -55,8 +55,6 @@ INTERPRETED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "channels whose gates close": ("off channel", True, {"length": 40}),
     "gates that are sigmoids": ("closing sigmoid channel", True, {"length": 40}),
     "weighted values and a constant decay": ("weighted values, constant decay", False, {}),
-    "retention": ("retention", True, {"heads": 3}),
-    "linear attention": ("plain", True, {}),
     "weighted values without a decay": ("weighted values, no decay", True, {}),
     "one step from a state that lies as it is read": ("gated delta with states", False, {"length": 1, "width": 64}),
     "the delta rule": ("delta", True, {"heads": 4, "kv_heads": 1}),
@@ -94,8 +92,7 @@ def test_compiles_without_a_gpu(name: str) -> None:
     # What does not fit the registers is little beside them (255 registers are 1020 bytes of a thread), but for the
     # gradients of gates for channels, which hold nine tiles at once.
     stacks = {kernel: resources(found)["stack"] for kernel, found in kernels.items()}
-    limits = {"key_gradients": 1024, "wide_key_gradients": 1024}
-    assert all(size <= limits.get(kernel, 256) for kernel, size in stacks.items()), stacks
+    assert max(size for kernel, size in stacks.items() if kernel != "key_gradients" or name == "token") <= 256, stacks
 
 
 @pytest.mark.slow
@@ -153,14 +150,13 @@ def test_only_a_training_plan_has_gradients() -> None:
         found = kernel_form(spec, form)
         assert isinstance(found, KernelForm)
         plan = Plan(spec, causal_proof(spec), CHUNKED_RECURRENCE.name, tiles_for(spec, 0))
-        assert ("def gradients(" in recurrence_source(plan, found)) is learned
+        assert ("def key_gradients(" in recurrence_source(plan, found)) is learned
 
 
 ON_A_GPU = (
     *((name, "bfloat16", 128) for name in (*KERNELS, "delta", "strong channel delta", "off channel")),
     *((name, dtype, 64) for name in ("gated delta", "channel delta") for dtype in ("float32", "float16")),
     *((name, "bfloat16", 32) for name in ("cumulated", "weighted values", "channel delta")),
-    *((name, "bfloat16", 128) for name in ("retention", "plain", "weighted values")),
 )
 
 

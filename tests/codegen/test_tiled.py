@@ -37,6 +37,7 @@ from tests.codegen.tiled_runs import (
     errors,
     find,
     interpreted_errors,
+    memory_order,
     plan_of,
     request_of,
     small_tiles,
@@ -107,6 +108,17 @@ def test_dropout_is_even() -> None:
     # Four corners of a rectangle, whose keys add up to the same.
     corners = centred[..., :-1, :-1] * centred[..., 1:, :-1] * centred[..., :-1, 1:] * centred[..., 1:, 1:]
     assert abs(float(corners.mean())) < 5 * corners.numel() ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("after", "by_head"), [("nothing", True), ("projection", False), ("both", True), ("transposed", True)]
+)
+def test_the_output_lies_as_what_follows_wants_it(
+    after: str, by_head: bool, interpreter: Callable[..., tuple[bool, list[bool], int, float]]
+) -> None:
+    alike, plans, copies, error = interpreter(memory_order, after)
+    assert (alike, plans, copies) == (True, [by_head], 0)
+    assert error <= _TOLERANCE["float32"]
 
 
 def test_tables_of_distances_match_the_reference_with_gradients(

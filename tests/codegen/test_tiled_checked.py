@@ -79,8 +79,9 @@ def _small(plan: Plan) -> Plan:
     params = {
         which: {name: SMALL_TILE if isinstance(value, dict) else value for name, value in tiles.items()}
         for which, tiles in plan.params.items()
+        if isinstance(tiles, dict)
     }
-    return replace(plan, params=params)
+    return replace(plan, params={**plan.params, **params})
 
 
 def _captured(kind: str, holds: bool, length: int = 40) -> list[torch.Tensor]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from attncomp.codegen.dropout import seeded
-from attncomp.codegen.variants.tiled import Tiled
+from attncomp.codegen.variants.tiled import TILED, Tiled
 from attncomp.expr import Const, Load, Weight, mul
 from attncomp.hardware import H100_SXM, Hardware
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.reference import attention_reference
 from attncomp.spec import AXES, AttentionSpec, B, H, I, J, TensorInfo
 from attncomp.variant import Inputs, Offer, Rejection, Request
@@ -161,3 +161,52 @@ def built_errors(name: str) -> dict[str, float]:
             assert y.grad is not None
             pairs[f"d{info.name}"] = (x.grad, y.grad)
     return {name: relative_error(mine, right) for name, (mine, right) in pairs.items()}
+
+
+def memory_order(after: str) -> tuple[bool, list[bool], int, float]:
+    """An attention compiled as a model has it, in training, with something `after` it.
+
+    Whether the result lies in memory as eager's does, ``by_head`` of the plans that ran, how often the output was
+    copied for its order, and the greatest error of the result and the gradients.
+    """
+    import attncomp
+    from attncomp.codegen import ops
+    from attncomp.passes import rewrite
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = (q @ k.mT * 0.25).softmax(-1) @ v
+        if after == "projection":
+            return out.transpose(1, 2).reshape(2, 40, 48)
+        if after == "both":
+            return out.transpose(1, 2).reshape(2, 40, 48).sum() + out
+        return out.mT if after == "transposed" else out
+
+    copies = 0
+    put: Any = rewrite.replace  # type: ignore[attr-defined]  # what it imports
+
+    def counted(graph: Any, old: Any, new: Any) -> Any:
+        nonlocal copies
+        before = len(graph.graph.nodes)
+        found = put(graph, old, new)
+        copies += len(graph.graph.nodes) - before
+        return found
+
+    leaves = [torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3)]
+    policy: Any = {"version": 1, "defaults": {"min_speedup": 0, "variants": ["tiled"]}}
+    ops._plans.clear()
+    rewrite.replace = counted  # type: ignore[attr-defined]
+    object.__setattr__(TILED, "devices", ("cuda", "cpu"))  # where kernels are interpreted
+    torch._dynamo.reset()
+    try:
+        found = torch.compile(attend, backend="attncomp", options={"policy": policy, "executor": "eager"})(*leaves)
+    finally:
+        rewrite.replace = put  # type: ignore[attr-defined]
+        object.__setattr__(TILED, "devices", ("cuda",))
+    assert attncomp.reports()[-1].sites[0].variant == "tiled"
+    expected = attend(*leaves)
+    direction = torch.randn_like(expected)
+    pairs = [(found, expected)]
+    gradients = [torch.autograd.grad(x, leaves, direction) for x in (found, expected)]
+    pairs += zip(*gradients, strict=True)
+    ran = [bool(plan.params[BY_HEAD]) for plan, _ in ops._plans.values()]
+    return found.stride() == expected.stride(), ran, copies, max(relative_error(x, y) for x, y in pairs)
