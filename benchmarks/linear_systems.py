@@ -369,7 +369,7 @@ def rwkv6(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bonus: Tensor) -> Tenso
     rows = []
     for t in range(q.shape[2]):
         written = k[:, :, t, :, None] * v[:, :, t, None, :]
-        rows.append((q[:, :, t, None, :] @ (state + bonus[:, :, None] * written)).squeeze(-2))
+        rows.append((q[:, :, t, None, :] @ (state + bonus[..., None] * written)).squeeze(-2))
         state = decay[:, :, t, :, None] * state + written
     return torch.stack(rows, 2)
 

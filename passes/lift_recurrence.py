@@ -7,7 +7,6 @@ their derivatives, and one may stand for the other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,23 +15,21 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.field import EXPONENTS, VALUES, ZeroDivisorError
-from attncomp.passes.field_shapes import Label
-from attncomp.passes.field_values import FieldValues, Key, Region, trials
+from attncomp.passes.field import EXPONENTS, VALUES
+from attncomp.passes.field_values import FieldValues, Region
 from attncomp.passes.known_values import KnownValues
-from attncomp.passes.nodes import arguments, name_of, value_of
+from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
-from attncomp.passes.recurrence_pool import Frame, arranged, frames, pool, residues, states, values_of_rows, whole
+from attncomp.passes.recurrence_check import STATES, WORK, Check, drawn, with_initial
+from attncomp.passes.recurrence_guesses import guesses
+from attncomp.passes.recurrence_pool import arranged, frames, pool, values_of_rows, whole
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
-from attncomp.passes.recurrences import Read, Recurrence, guesses, run
+from attncomp.passes.recurrences import Read
 from attncomp.passes.region_key import key_of
-from attncomp.passes.site import Missed, Site, State, missed
+from attncomp.passes.site import Missed, Site, missed
 from attncomp.passes.value_bounds import bounds
 from attncomp.passes.whole_steps import whole_steps
 from attncomp.variant import Rejection
-
-_WORK = 1 << 28
-"""Elements that one evaluation may compute: a few seconds."""
 
 _PARALLEL_WORK = 1 << 25
 """The same for what is no loop: the quadratic form of many rows is lifted by reading it."""
@@ -40,11 +37,8 @@ _PARALLEL_WORK = 1 << 25
 _SMALL = 1 << 24
 """Elements of what is evaluated whole, where a part of it told nothing."""
 
-_DRAWS = 8
-"""Points that are drawn until no divisor is zero."""
-
-_STATES = 8
-"""Tensors that are tried as states."""
+_BACKWARDS = ((True, True), (True, False), (False, True))
+"""Whether the first step reads the last rows, and gives the last row; tried behind (False, False)."""
 
 _PIECES = 3
 """Steps that stay alive, of a recurrence whose states are used by others."""
@@ -83,18 +77,6 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
 def in_order(graph: GraphModule, nodes: Iterable[Node]) -> list[Node]:
     wanted = set(nodes)
     return [n for n in graph.graph.nodes if n in wanted]
-
-
-def ancestors(node: Node) -> set[Node]:
-    """The nodes that a node is computed from."""
-    found: set[Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            stack.extend(current.all_input_nodes)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +134,8 @@ class _Search:
             return known
         reads = [replace(r, node=nodes[n]) for r, n in zip(known.found.recurrence.reads, known.reads, strict=True)]
         guess = known.found.recurrence.with_reads(reads)
-        self.leaves = frozenset()
         output = nodes[known.output]
-        final = self._final(guess, output, known.found.frame.dims)
+        final = Check(self.graph, self.known, frozenset()).final(guess, output, known.found.frame)
         return self._site(Found(guess, output, known.found.frame, final))
 
     def _searched(
@@ -176,7 +157,7 @@ class _Search:
 
     def _among(self, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
         region = Region(self.graph, self.known, [*outputs, *self.extra], leaves).narrowed()
-        if region.work() > (_WORK if self.place.stepwise else _PARALLEL_WORK):
+        if region.work() > (WORK if self.place.stepwise else _PARALLEL_WORK):
             return Rejection("identity-too-large", f"comparing it takes {region.work():.1e} operations")
         self.leaves = leaves
         lengths = {f.length for n in outputs for f in frames(n, region)}
@@ -189,7 +170,7 @@ class _Search:
             of = region
             if initial is not None:
                 of = Region(self.graph, self.known, [*outputs, *self.extra], leaves | zeroed).narrowed()
-            values = _drawn(of, 0, zeroed, keep)
+            values = drawn(of, 0, zeroed, keep)
             if values is None:
                 return Rejection("division-by-zero", "a divisor is zero whatever the inputs are")
             numbers = values.numbers()
@@ -223,7 +204,7 @@ class _Search:
         for node in inside:
             value = value_of(node)
             leaf = node.op == "placeholder" or name_of(node) in ("linear", "expand", "repeat", "clone", "_to_copy")
-            if not (leaf and isinstance(value, torch.Tensor) and 2 <= value.dim() <= 4) or count == _STATES:
+            if not (leaf and isinstance(value, torch.Tensor) and 2 <= value.dim() <= 4) or count == STATES:
                 continue
             if self.known.at(node) is None and any(_steps_from(u) for u in node.users):
                 count += 1
@@ -243,71 +224,21 @@ class _Search:
             return None
         above = ancestors(output).union(self.extra, *map(ancestors, self.extra))
         dtype = value_of(output).dtype
-        for frame in frames(output, region):
-            out = arranged(residue, frame.dims, frame)
-            if bool((out[:, 0] == 0).all()):
+        check = Check(self.graph, self.known, self.leaves)
+        ways = list(frames(output, region))
+        ways += [replace(f, backwards=x, results_backwards=y) for x, y in _BACKWARDS for f in ways]
+        for frame in ways:
+            out = arranged(residue, frame.dims, frame.of_results())
+            if bool((out[:, 1] == 0).all()):
                 continue
             possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
             written = values_of_rows(values, region, possible, frame, dtype)
             rest = partial(pool, values, region, possible, frame, dtype, numbers)
             for guess in guesses(out, written, rest):
-                for candidate in _with_initial(guess, initial, frame, region):
-                    if self._verified(candidate, output, frame.dims):
-                        return Found(candidate, output, frame, self._final(candidate, output, frame.dims))
+                for candidate in with_initial(guess, initial, frame, region):
+                    if check.verified(candidate, output, frame):
+                        return Found(candidate, output, frame, check.final(candidate, output, frame))
         return None
-
-    def _again(self, guess: Recurrence, wanted: Sequence[Node]) -> tuple[Region, list[Key]]:
-        """The region of a guess and of what it is compared with, and what else is kept of it."""
-        values = [r.node for r in guess.reads if not r.log]
-        logs = [r.node for r in guess.reads if r.log]
-        region = Region(self.graph, self.known, [*wanted, *values], self.leaves, logs).narrowed()
-        return region, [(n, EXPONENTS) for n in logs]
-
-    def _verified(self, guess: Recurrence, output: Node, dims: tuple[int, ...]) -> bool:
-        """Whether all rows agree at independent points."""
-        region, logs = self._again(guess, [output])
-        frame = Frame.of(output, region, dims)
-        for trial in range(1, 1 + trials(16 * frame.length)):
-            values = _drawn(region, trial, frozenset(), logs)
-            if values is None:
-                return False
-            made = _run(guess, values, frame)
-            out = values.value(output)
-            if made is None or out is None or not torch.equal(made[0], arranged(out, frame.dims, frame)):
-                return False
-        return True
-
-    def _final(self, guess: Recurrence, output: Node, dims: tuple[int, ...]) -> State | None:
-        """The node that holds the last state, if something else than the output needs one."""
-        above = ancestors(output) | {output}
-        frame_sizes = [int(value_of(output).shape[d]) for d in dims]
-        sizes = sorted(s for s in (*frame_sizes[:-2], frame_sizes[-1], _width(guess)) if s != 1)
-        wanted = []
-        for node in self.graph.graph.nodes:
-            value = value_of(node)
-            if not isinstance(value, torch.Tensor) or name_of(node) not in _MAKES_STATES:
-                continue
-            if node in above and all(u in above for u in node.users):
-                continue
-            static = value.dtype.is_floating_point and all(isinstance(s, int) for s in value.shape)
-            if static and sorted(s for s in value.shape if s != 1) == sizes:
-                wanted.append(node)
-        if not wanted:
-            return None
-        region, logs = self._again(guess, [output, *wanted[-_STATES:]])
-        if region.work() > _WORK:
-            return None
-        frame = Frame.of(output, region, dims)
-        width = _label_of_width(guess, region)
-        possible = [(n, d) for n in wanted[-_STATES:] for d in states(n, region, frame, width)]
-        for trial in range(1, 1 + trials(16 * frame.length)):
-            values = _drawn(region, trial, frozenset(), logs)
-            made = None if values is None else _run(guess, values, frame)
-            if values is None or made is None:
-                return None
-            arrays = [(n, d, values.value(n)) for n, d in possible]
-            possible = [(n, d) for n, d, a in arrays if a is not None and torch.equal(arranged(a, d, frame), made[1])]
-        return State(*possible[0]) if possible else None
 
     def _site(self, found: Found) -> Site | Rejection:
         decay = found.recurrence.decay
@@ -326,11 +257,6 @@ class _Search:
     def _falls(self, decay: Read) -> bool:
         found = bounds(self.graph, decay.node)
         return found.high <= 0 if decay.log else found.low >= 0 and found.high <= 1
-
-
-_MAKES_STATES = frozenset(
-    ("add", "sub", "mul", "matmul", "bmm", "einsum", "baddbmm", "clone", "select", "where", "sum", "addcmul")
-)
 
 
 def _cuts(nodes: list[Node], outputs: list[Node]) -> frozenset[Node]:
@@ -368,57 +294,3 @@ def _steps_from(node: Node) -> bool:
         "transpose",
         "unsqueeze",
     )
-
-
-def _drawn(region: Region, trial: int, zeroed: frozenset[Node], keep: Iterable[Key]) -> FieldValues | None:
-    """The values at a point where no divisor is zero."""
-    for draw in range(_DRAWS):
-        try:
-            return FieldValues(region, trial * _DRAWS + draw, zeroed, keep)
-        except ZeroDivisorError:
-            continue
-    return None
-
-
-def _width(guess: Recurrence) -> int:
-    """The width of the keys."""
-    dim = guess.k.dims[-1]
-    return 1 if dim is None else int(value_of(guess.k.node).shape[dim])
-
-
-def _label_of_width(guess: Recurrence, region: Region) -> Label:
-    dim = guess.k.dims[-1]
-    return ("size", 1) if dim is None else region.labels(guess.k.node)[dim]
-
-
-def _with_initial(guess: Recurrence, initial: Node | None, frame: Frame, region: Region) -> Iterator[Recurrence]:
-    if initial is None:
-        yield guess
-        return
-    for dims in states(initial, region, frame, _label_of_width(guess, region)):
-        yield replace(guess, initial=Read(initial, dims))
-
-
-def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The recurrence at a point: rows and last state."""
-    arrays: dict[str, torch.Tensor | None] = {}
-    for name in ("q", "k", "v", "beta", "decay", "initial", "erase", "write"):
-        read = getattr(guess, name)
-        if isinstance(read, float):
-            arrays[name] = values.embedded(read).reshape(1, 1, 1)
-            continue
-        arrays[name] = None if read is None else residues(values, read, frame)
-        if read is not None and arrays[name] is None:
-            return None
-    q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    scale = int(values.embedded(guess.scale))
-    if not math.isfinite(guess.scale):
-        return None
-    erase = arrays["erase"]
-    if erase is not None and guess.sign < 0:
-        erase = VALUES.reduce(-erase)
-    beta, decay, initial, write = (arrays[name] for name in ("beta", "decay", "initial", "write"))
-    return run(q, k, v, scale, beta, decay, guess.delta, initial, erase, write, guess.early)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attncomp.expr import ONE, Const
+from attncomp.passes.around import Tensors, enter, leave
 from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.site import Layout, Operand, Site
 from attncomp.passes.symbols import NotAnIntegerError, from_symint
@@ -44,7 +45,7 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
     symbols = _symbol_nodes(graph, site, plan)
     if isinstance(symbols, Rejection):
         return symbols
-    nodes = [site.q.node, site.k.node, site.v.node, *site.captured, *symbols]
+    nodes = [site.q.node, site.k.node, site.v.node, *site.captured, *site.extra, *symbols]
 
     place = site.output if site.final is None else _before_users(graph, site, nodes)
     if isinstance(place, Rejection):
@@ -56,12 +57,15 @@ def lower(graph: GraphModule, site: Site, plan: Plan, variant: Variant, traces: 
     def compute(*args: Any) -> list[torch.Tensor]:
         q = args[0]
         k, v = (_as_taken(args[n], site.spec.tensor(name), plan) for n, name in ((1, "k"), (2, "v")))
-        captured = [_beside(c, q) for c in args[3 : 3 + len(site.captured)]]
-        sizes = args[3 + len(site.captured) :]
+        more, after = 3 + len(site.captured), 3 + len(site.captured) + len(site.extra)
+        captured = [_beside(c, q) for c in args[3:more]]
         query = _query(q, site, _batch_sizes(site, q, k, v))
-        inputs = Inputs(query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured, sizes)
-        found = variant.build(plan, inputs)
+        given = Tensors(query, _keyed(k, site, site.k), _keyed(v, site, site.v), captured)
+        turned = given if site.around is None else enter(site.around, given, site.final is not None)
+        found = variant.build(plan, Inputs(turned.q, turned.k, turned.v, turned.captured, args[after:]))
         out, final = (found, None) if isinstance(found, torch.Tensor) else found
+        if site.around is not None:
+            out = leave(site.around, out, given, args[more:after])
         made = [_restore(out, q, k, v, site)]
         if site.final is not None:
             assert final is not None
@@ -188,7 +192,8 @@ def _trace_key(site: Site, plan: Plan, nodes: Sequence[Node], values: Sequence[A
     dims = (site.q.dims, site.k.dims, site.v.dims)
     shapes = (site.spec.sizes, site.spec.tensor("k").shape)
     state = None if site.final is None else (site.final.dims, kind(value_of(site.final.node)))
-    return (plan.digest, site.layout, dims, shapes, state, tuple(first[n] for n in nodes), tuple(map(kind, values)))
+    ways = (site.layout, dims, shapes, state, site.around)
+    return (plan.digest, *ways, tuple(first[n] for n in nodes), tuple(map(kind, values)))
 
 
 def _symbol_nodes(graph: GraphModule, site: Site, plan: Plan) -> list[Node] | Rejection:

@@ -74,3 +74,15 @@ def is_one(size: Any) -> bool:
 
 def dimension(d: int, rank: int) -> int:
     return d + rank if d < 0 else d
+
+
+def ancestors(node: Node) -> set[Node]:
+    """The nodes that a node is computed from."""
+    found: set[Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.add(current)
+            stack.extend(current.all_input_nodes)
+    return found

@@ -47,8 +47,7 @@ def places(graph: Graph) -> list[Place]:
         name = name_of(node)
         if name in ("cat", "stack"):
             parts = [x for x in arguments(node)[0] if isinstance(x, Node)]
-            rising = all(depths[a] < depths[b] for a, b in pairwise(parts))
-            stepwise = len(parts) >= _PIECES and rising and _rank(node) >= 3
+            stepwise = len(parts) >= _PIECES and _chained([depths[a] for a in parts]) and _rank(node) >= 3
         elif name in _SCATTERS:
             stepwise = _is_end(node) and _scatters(node) >= 2 and _rank(node) >= 3
         else:
@@ -56,6 +55,17 @@ def places(graph: Graph) -> list[Place]:
         if stepwise or (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node)):
             found.append(Place(node, tuple(_below(node)), stepwise))
     return found
+
+
+def _chained(depths: list[int]) -> bool:
+    """Whether pieces may depend on each other, the first or the last on all others: each is deeper than the one before.
+
+    What the first pieces read beside the state may be deeper than that.
+    """
+    if depths[0] > depths[-1]:
+        depths = depths[::-1]
+    late = depths[-_PIECES:]
+    return all(a <= b for a, b in pairwise(depths)) and all(a < b for a, b in pairwise(late))
 
 
 def _rank(node: Node) -> int:

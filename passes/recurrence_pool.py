@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -26,7 +26,8 @@ _MOST = 48
 class Frame:
     """How an output is read: (batch dimensions..., row, width), their sizes, and what they are.
 
-    held: the sizes of the batch dimensions in an evaluation.
+    held: the sizes of the batch dimensions in an evaluation. backwards: the last row of what is read is the first step.
+    results_backwards: the last row of the output is that of the first step.
     """
 
     dims: tuple[int, ...]
@@ -35,10 +36,28 @@ class Frame:
     width: int
     held: tuple[int, ...]
     labels: tuple[Label, ...]
+    backwards: bool = False
+    results_backwards: bool = False
 
     @property
     def flat(self) -> int:
         return math.prod(self.held)
+
+    def on(self, node: Node, region: Region) -> Frame:
+        """The same way to read a node in another region."""
+        return replace(
+            Frame.of(node, region, self.dims),
+            backwards=self.backwards,
+            results_backwards=self.results_backwards,
+        )
+
+    def of_results(self) -> Frame:
+        """The same, for the output."""
+        return replace(self, backwards=self.results_backwards)
+
+    def of_states(self) -> Frame:
+        """The same, for tensors without rows."""
+        return replace(self, backwards=False)
 
     @staticmethod
     def of(node: Node, region: Region, dims: tuple[int, ...]) -> Frame:
@@ -104,6 +123,8 @@ def arranged(array: torch.Tensor, dims: Dims, frame: Frame) -> torch.Tensor:
     for place, dim in enumerate(dims):
         if dim is None:
             array = array.unsqueeze(place)
+    if frame.backwards and dims[-2] is not None:
+        array = array.flip(-2)
     array = array.expand([*frame.held, *array.shape[-2:]])
     return array.reshape(frame.flat, *array.shape[-2:])
 

@@ -18,7 +18,7 @@ from attncomp.passes.nodes import name_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.recurrence_pool import Frame
 from attncomp.passes.recurrences import Dims, Read, Recurrence
-from attncomp.passes.site import Layout, Operand, Site, State, location_of, module_of
+from attncomp.passes.site import Around, Layout, Operand, Site, State, location_of, module_of
 from attncomp.spec import AttentionSpec, B, D, E, H, I, J, Normaliser, TensorInfo, Transition
 from attncomp.variant import Rejection
 
@@ -43,13 +43,16 @@ class _Maker:
         self.graph = graph
         self.anchor = anchor
         self.found = found
-        self.captured: list[Node] = []
+        self.captured: list[tuple[Node, float | None]] = []
         batch = found.frame.batch
         self.outer = 1 if len(batch) < 2 else len(batch) - 1
         b = h = 1
         for n, size in enumerate(batch):
             b, h = (b * size, h) if n < self.outer else (b, h * size)
         self.b, self.h = b, h
+        r = found.recurrence
+        self.turned = r.before or found.frame.backwards or found.frame.results_backwards
+        self.length = found.frame.length + (r.before and found.final is not None)
 
     def site(self) -> Site | Rejection:
         r, output = self.found.recurrence, self.found.output
@@ -62,13 +65,13 @@ class _Maker:
                 return Rejection("mixed-dtypes", f"an operand is {of}, the output {dtype}")
             operands.append(Operand(node, read.dims))
         q, k, v = operands
-        n, frame = self.found.frame.length, self.found.frame
+        n, frame = self.length, self.found.frame
         d = 1 if r.k.dims[-1] is None else int(value_of(r.k.node).shape[r.k.dims[-1]])
         sizes = tuple(Const(x) for x in (self.b, self.h, n, n, d, frame.width))
         b_at, h_at = ZERO if self.b == 1 else B, ZERO if self.h == 1 else H
         k_load = Load("k", (b_at, h_at, J, D))
         program: Expr = Score() if r.scale == 1.0 else mul(Score(), Const(r.scale))
-        beta = None if r.beta is None else self._load(self._plain(r.beta))
+        beta = None if r.beta is None else self._load(self._plain(r.beta), 0.0)
         value: Expr = Load("v", (b_at, h_at, J, E))
         value = value if beta is None else mul(beta, value)
         transition = None
@@ -82,8 +85,10 @@ class _Maker:
             program = program if r.decay is None else mul(program, self._power(r.decay))
         else:
             transition = self._transition(r, beta, k_load)
-        infos = tuple(self._info(n, node) for n, node in enumerate(self.captured))
-        training = any(needs_gradient(x.node) for x in operands) or any(map(needs_gradient, self.captured))
+        infos = tuple(self._info(n) for n in range(len(self.captured)))
+        around, extra = self._around(beta)
+        read_nodes = [*(x.node for x in operands), *(node for node, _ in self.captured), *extra]
+        training = any(map(needs_gradient, read_nodes))
         text = str(dtype).removeprefix("torch.")
         shapes = {
             "q": (sizes[0], sizes[1], sizes[2], sizes[4]),
@@ -115,10 +120,12 @@ class _Maker:
             q=q,
             k=k,
             v=v,
-            captured=tuple(self.captured),
+            captured=tuple(node for node, _ in self.captured),
             module=module_of(self.anchor) or module_of(output),
             location=location_of(self.anchor) or location_of(output),
             final=self.found.final,
+            around=around,
+            extra=extra,
         )
         names_of = {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
         return replace(site, written=work_of(site.covered(), training, names_of.get(text, "fp32")))
@@ -133,13 +140,16 @@ class _Maker:
         """What is left of a key's weight at a later query: the decay to the power of their distance."""
         distance = to_float(sub(I, J))
         if isinstance(decay, Read):
-            load = self._load(decay)
+            load = self._load(decay, 0.0)
             return op("exp", mul(load, distance)) if decay.log else op("pow", load, distance)
         return op("pow", Const(decay), distance)
 
     def _transition(self, r: Recurrence, beta: Expr | None, k: Expr) -> Transition:
         decay: Expr | None = None
-        if isinstance(r.decay, Read):
+        constant = not isinstance(r.decay, Read) or r.decay.dims[-2] is None
+        if r.decay is not None and constant and r.before and r.initial is not None:
+            decay = self._load(self._of_rows(r.decay, r.k), 1.0)  # in front of the first row nothing decays
+        elif isinstance(r.decay, Read):
             decay = self._gate(r.decay)
         elif r.decay is not None:
             decay = Const(r.decay)
@@ -149,47 +159,82 @@ class _Maker:
             erase = mul(Const(1.0) if beta is None else beta, k)
             write = k if decay is None or r.early else mul(decay, k)
         if r.erase is not None and r.write is not None:
-            vector = self._load(r.erase)
-            erase, write = vector if r.sign > 0 else mul(Const(-1.0), vector), self._load(r.write)
+            vector = self._load(r.erase, 0.0)
+            erase, write = vector if r.sign > 0 else mul(Const(-1.0), vector), self._load(r.write, 0.0)
         initial = None if r.initial is None else self._state(r.initial)
         return Transition(decay, erase, write, initial, self.found.final is not None)
 
     # -- captured tensors, each as a node of the spec's own order: (b, h), (b, h, j), (b, h, j, d) or (b, h, d, e)
 
-    def _load(self, read: Read) -> Load:
+    def _around(self, beta: Expr | None) -> tuple[Around | None, tuple[Node, ...]]:
+        """What is done before and after the spec's recurrence, and the nodes that are read for that."""
+        r = self.found.recurrence
+        if not self.turned:
+            return None, ()
+        bonus: float | bool | None = r.bonus if isinstance(r.bonus, float) else None
+        extra: tuple[Node, ...] = ()
+        if isinstance(r.bonus, Read):
+            bonus, extra = True, (self._arranged(self._plain(r.bonus).node, r.bonus.dims, 4),)
+        place = int(beta.tensor.removeprefix("c")) if isinstance(beta, Load) else None
+        pads = tuple(pad for _, pad in self.captured)
+        ways = (self.found.frame.backwards, self.found.frame.results_backwards, r.before)
+        return Around(*ways, pads, r.scale, bonus, place), extra
+
+    def _load(self, read: Read, pad: float) -> Load:
+        """pad: what stands in front of the first row, where rows are read a row later."""
         kept = 2 if read.dims[-2] is None and read.dims[-1] is None else 3 if read.dims[-1] is None else 4
         node = self._arranged(read.node, read.dims, kept)
-        return self._loaded(node, (B, H, J, D)[:kept])
+        return self._loaded(node, (B, H, J, D)[:kept], None if read.dims[-2] is None else pad)
 
     def _gate(self, read: Read) -> Expr:
         """A gate, by what its tensor is a function of where that tells a kernel that it is positive."""
         name, source = name_of(read.node), read.node.args[0] if read.node.args else None
         same = isinstance(source, Node) and value_of(source).shape == value_of(read.node).shape
         if read.log:
-            return op("exp", self._load(read))
-        if name in ("exp", "sigmoid") and same and isinstance(source, Node):
-            return op(name, self._load(replace(read, node=source)))
-        return self._load(read)
+            return op("exp", self._load(read, 0.0))
+        starts = self.found.recurrence.before and self.found.recurrence.initial is not None
+        if name in ("exp", "sigmoid") and same and isinstance(source, Node) and not (starts and name == "sigmoid"):
+            return op(name, self._load(replace(read, node=source), 0.0))
+        return self._load(read, 1.0)
+
+    def _of_rows(self, decay: Read | float, like: Read) -> Read:
+        """A decay that is the same in each step, as a tensor that has the steps as its last dimension but one."""
+        n, rank = self.found.frame.length, len(self.found.frame.batch)
+        if isinstance(decay, float):
+            node = self._made(torch.ops.aten.new_full.default, like.node, [n, 1], decay)
+            return Read(node, (*[None] * rank, 0, None))
+        node, dims = self._plain(decay).node, self._plain(decay).dims
+        size = value_of(node).dim()
+        node = self._made(torch.ops.aten.unsqueeze.default, node, size)
+        node = self._made(torch.ops.aten.expand.default, node, [*[-1] * size, n])
+        return Read(node, (*dims[:-2], size, dims[-1]))
 
     def _plain(self, read: Read) -> Read:
         """What a read means, as a node."""
         return Read(self._made(torch.ops.aten.exp.default, read.node), read.dims) if read.log else read
 
     def _state(self, read: Read) -> Load:
-        return self._loaded(self._arranged(read.node, read.dims, 4), (B, H, D, E))
+        return self._loaded(self._arranged(read.node, read.dims, 4), (B, H, D, E), None)
 
-    def _loaded(self, node: Node, axes: Sequence[Expr]) -> Load:
-        if node not in self.captured:
-            self.captured.append(node)
+    def _loaded(self, node: Node, axes: Sequence[Expr], pad: float | None) -> Load:
+        if not self.turned:
+            pad = None
+        if (node, pad) not in self.captured:
+            self.captured.append((node, pad))
         shape = value_of(node).shape
         index = tuple(ZERO if size == 1 else a for size, a in zip(shape, axes, strict=True))
-        return Load(f"c{self.captured.index(node)}", index)
+        return Load(f"c{self.captured.index((node, pad))}", index)
 
-    def _info(self, n: int, node: Node) -> TensorInfo:
+    def _info(self, n: int) -> TensorInfo:
+        node, pad = self.captured[n]
         value = value_of(node)
-        shape = tuple(ONE if s == 1 else Const(int(s)) for s in value.shape)
+        sizes = [int(s) for s in value.shape]
+        if pad is not None:
+            sizes[2] += self.length - self.found.frame.length
+        shape = tuple(ONE if s == 1 else Const(s) for s in sizes)
         text = str(value.dtype).removeprefix("torch.")
-        return TensorInfo(f"c{n}", shape, text, needs_gradient(node), None, falls(self.graph, node))
+        fall = None if self.turned else falls(self.graph, node)
+        return TensorInfo(f"c{n}", shape, text, needs_gradient(node), None, fall)
 
     def _arranged(self, node: Node, dims: Dims, kept: int) -> Node:
         """A view of a node as (b, h, ...), of `kept` dimensions."""

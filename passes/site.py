@@ -52,6 +52,26 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class Around:
+    """What a recurrence does in another order than its spec says.
+
+    backwards: its first step reads the last rows. results_backwards: it gives the last row. before: rows read the state
+    in front of their own token; then the spec is that of keys, values and captured tensors a row later, and `pads` says
+    of each captured tensor what stands in the first row (None: it has no rows). bonus: what a row sees of its own
+    token: a number, or (True) the first of the site's `extra` nodes; beta: the place of what the values are multiplied
+    with, in `captured`.
+    """
+
+    backwards: bool = False
+    results_backwards: bool = False
+    before: bool = False
+    pads: tuple[float | None, ...] = ()
+    scale: float = 1.0
+    bonus: float | bool | None = None
+    beta: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """An attention in a graph.
 
@@ -59,7 +79,8 @@ class Site:
         product).
     spec: its captured tensors are the `captured` graph nodes in order. module, location: where in the user's code.
     final: the node whose value is the recurrence's last state, if something reads it. written: what the nodes that it
-        covers do, where that is no product of matrices with weights between (None).
+        covers do, where that is no product of matrices with weights between (None). around, extra: of a recurrence that
+        goes another way than its spec, and the nodes that are read for that.
     """
 
     kind: str
@@ -77,10 +98,12 @@ class Site:
     notes: tuple[str, ...] = field(default=())
     final: State | None = None
     written: Work | None = None
+    around: Around | None = None
+    extra: tuple[Node, ...] = ()
 
     def covered(self) -> set[Node]:
         """The nodes that only this attention needs, and not its operands: they go if it is replaced."""
-        kept = {self.q.node, self.k.node, self.v.node, *self.captured}
+        kept = {self.q.node, self.k.node, self.v.node, *self.captured, *self.extra}
         found = {self.output} if self.final is None else {self.output, self.final.node}
         stack = [a for n in found for a in n.all_input_nodes]
         while stack:

@@ -20,7 +20,19 @@ from attncomp.passes.nodes import argument, arguments, dimension, name_of, value
 _STEP = 1
 _MOST = 64
 
-_POINTWISE = FUNCTIONS | {"add", "sub", "rsub", "mul", "neg", "reciprocal", "square", "clone", "addcmul", "lerp"}
+_POINTWISE = FUNCTIONS | {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "neg",
+    "reciprocal",
+    "square",
+    "clone",
+    "addcmul",
+    "lerp",
+    "where",
+}
 _REDUCTIONS = frozenset(("sum", "mean", "linalg_vector_norm"))
 
 
@@ -85,7 +97,7 @@ class _Maker:
             return
         lengths = {int(value_of(self.whole[a]).shape[0]) for a in inputs if a in self.whole}
         value = value_of(node)
-        if len(lengths) != 1 or not value.dtype.is_floating_point:
+        if len(lengths) != 1:
             return
         name, args = name_of(node), list(arguments(node))
         rank = value.dim()
@@ -107,7 +119,8 @@ class _Maker:
             return
         assert callable(node.target)
         self.whole[node] = self._new(node, node.target, tuple(args), dict(node.kwargs))
-        self.made.append(self.whole[node])
+        if value.dtype.is_floating_point:
+            self.made.append(self.whole[node])
 
     def _aligned(self, step: Node, rank: int) -> Node:
         """The whole of a step, with dimensions of size 1 behind its first where its step has fewer than `rank`."""

@@ -14,17 +14,21 @@ GATES = ("none", "number", "head", "token log", "token", "channel log", "channel
 DELTAS = ("none", "after decay", "before decay")
 BETAS = ("none", "value", "key")
 COLLECTED = ("stack", "cat", "written")
+READS = ("after", "before", "number", "head", "token", "channel", "token channel")
+"""Whether rows read the state after their token is written, or before; and what they see of their token then."""
 TWISTS = (
     "nonlinear state",
     "gate of the state",
     "decay a step late",
     "decay of the new, too",
-    "read before",
+    "bonus of the values",
+    "bonus a step late",
+    "bonus without beta",
     "value of the step before",
     "one step differs",
     "query of another head",
     "squared key",
-    "backwards",
+    "keys backwards",
     "normalised by abs",
     "beta twice",
 )
@@ -35,7 +39,9 @@ TWISTS = (
 class Recurrence:
     """gate, delta, beta: of the state's step. collected: how rows come together. time_first: rows before heads.
 
-    grouped: two query heads share a key head. initial, final: the state is given, returned. twist: what is wrong.
+    grouped: two query heads share a key head. initial, final: the state is given, returned. reads: as in `READS`.
+    backwards: the last token is the first. turned: the last row is that of the last token then. segments: the state
+    begins anew at some tokens. twist: what is wrong.
     """
 
     gate: str = "none"
@@ -48,6 +54,10 @@ class Recurrence:
     final: bool = False
     scaled: bool = False
     steps: int = 5
+    reads: str = "after"
+    backwards: bool = False
+    turned: bool = False
+    segments: bool = False
     twist: str = ""
 
     @property
@@ -57,6 +67,8 @@ class Recurrence:
             names.append("gate")
         if self.beta != "none":
             names.append("beta")
+        if self.reads not in ("after", "before", "number"):
+            names.append("bonus")
         return (*names, *(("initial",) if self.initial else ()))
 
     def inputs(self, seed: int) -> dict[str, Tensor]:
@@ -74,6 +86,7 @@ class Recurrence:
             "v": (b, keys, t, e),
             "gate": (h,) if self.gate == "head" else (b, h, t, d) if "channel" in self.gate else (b, h, t),
             "beta": (b, h, t),
+            "bonus": {"head": (h,), "token": (b, h, t), "channel": (h, d)}.get(self.reads, (b, h, t, d)),
             "initial": (b, h, d, e),
         }
         return {name: draw(*shapes[name]).requires_grad_() for name in self.learned}
@@ -95,13 +108,17 @@ class Recurrence:
         steps = range(self.steps)
         state = timed["initial"] if self.initial else q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
         rows: list[Tensor] = []
-        for t in reversed(steps) if self.twist == "backwards" else steps:
+        resets = torch.arange(self.steps) % 3 == 1
+        for t in reversed(steps) if self.backwards else steps:
             at = max(t - 1, 0)
             read = state
-            key, value = k[:, :, t], v[:, :, at if self.twist == "value of the step before" else t]
+            key_at = self.steps - 1 - t if self.twist == "keys backwards" else t
+            key, value = k[:, :, key_at], v[:, :, at if self.twist == "value of the step before" else t]
             decay = None if gate is None else gate(at if self.twist == "decay a step late" else t)
             if self.twist == "gate of the state":
                 decay = torch.sigmoid(state.mean((-1, -2)))[..., None, None]
+            if isinstance(decay, Tensor) and self.segments:
+                decay = torch.where(resets[t], torch.zeros((), dtype=q.dtype), decay)
             if self.delta == "before decay":
                 value = value - (key[..., None] * state).sum(-2)
             if decay is not None:
@@ -116,17 +133,40 @@ class Recurrence:
             if self.twist == "one step differs" and t == self.steps - 2:
                 value = value * 1.5
             written = key[..., :, None] * value[..., None, :]
+            own = v[:, :, t] if beta is None or self.twist == "bonus without beta" else v[:, :, t] * beta[:, :, t, None]
+            plain = k[:, :, t, :, None] * own[..., None, :]
             if self.twist == "decay of the new, too" and decay is not None:
                 written = written * decay
             state = state + written
             if self.twist == "nonlinear state":
                 state = torch.tanh(state)
-            row = (q[:, :, t, None, :] @ (read if self.twist == "read before" else state)).squeeze(-2)
+            row = (q[:, :, t, None, :] @ self._seen(t, read, state, plain, timed.get("bonus"))).squeeze(-2)
             if self.twist == "normalised by abs":
                 row = row / (row.sum(-1, keepdim=True).abs() + 1)
             rows.append(row)
-        out = self._collected(rows, v)
+        out = self._collected(rows[::-1] if self.turned else rows, v)
         return (out, state) if self.final else out
+
+    def _seen(self, t: int, before: Tensor, after: Tensor, own: Tensor, bonus: Tensor | None) -> Tensor:
+        """What a row reads of the state, where its own token would write `own`."""
+        if self.reads == "after":
+            return after
+        if self.reads == "before":
+            return before
+        if self.reads == "number":
+            return before + 0.5 * own
+        assert bonus is not None
+        if self.twist == "bonus a step late":
+            t = max(t - 1, 0)
+        if self.reads == "head":
+            weight = bonus[:, None, None]
+        elif self.reads == "token":
+            weight = bonus[:, :, t, None, None]
+        else:
+            weight = (bonus if self.reads == "channel" else bonus[:, :, t])[..., None]
+        if self.twist == "bonus of the values" and weight.shape[-2] > 1:
+            weight = weight[..., :1, :] * own.sign().detach()
+        return before + weight * own
 
     def _gate(self, raw: Tensor | None) -> Callable[[int], Tensor | float] | None:
         """What the state is multiplied with at a step."""
@@ -172,5 +212,9 @@ def recurrences(draw: st.DrawFn, twisted: bool) -> Recurrence:
         draw(flag),
         draw(flag),
         draw(st.integers(4, 7)),
+        draw(st.sampled_from(READS)),
+        draw(flag),
+        draw(flag),
+        draw(flag),
     )
     return replace(made, twist=draw(st.sampled_from(TWISTS))) if twisted else made

@@ -19,7 +19,6 @@ KEPT = {
     "SANA": "",
     "SANA, blocks": "not-a-recurrence",
     "RALA": "no-score-contraction",
-    "RWKV-6": "not-a-recurrence",
     "mLSTM": "",
     "ScatterFormer": "",
 }
