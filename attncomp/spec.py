@@ -218,9 +218,7 @@ class AttentionSpec:
 
         return AttentionSpec(
             sizes=tuple(fresh(s) for s in self.sizes),
-            tensors=tuple(
-                replace(t, shape=tuple(fresh(s) for s in t.shape)) for t in self.tensors
-            ),
+            tensors=tuple(replace(t, shape=tuple(fresh(s) for s in t.shape)) for t in self.tensors),
             score=fresh(self.score),
             program=fresh(self.program),
             mask=fresh(self.mask),

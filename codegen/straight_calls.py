@@ -16,7 +16,7 @@ import torch
 
 from attncomp.codegen.launch import PreparedLaunch
 from attncomp.codegen.prepared import ALIGNMENT, Output, meta
-from attncomp.codegen.triton_calls import watched
+from attncomp.codegen.triton_calls import unwatched_text
 
 GRAIN = 256
 """Bytes to which pieces of memory between kernels are aligned."""
@@ -41,9 +41,10 @@ def straight_call(
     if check is None or any(launch.direct is None for launch in launches):
         return None
     index = device.index if device.type == "cuda" else -1
-    names: dict[str, Any] = {"check": check, "watched": watched, "misaligned": _misaligned}
+    unwatched, names = unwatched_text()
+    names |= {"check": check, "misaligned": _misaligned}
     inputs = [f"t{n}" for n in range(count)]
-    lines = [f"if not check({', '.join(inputs)}) or watched(): return None"]
+    lines = [f"if not (check({', '.join(inputs)}) and {unwatched}): return None"]
     if index >= 0:
         # Both are functions in C, and what is called must be called on the current device.
         names |= {"device": index, "current": torch._C._cuda_getDevice, "stream_of": torch._C._cuda_getCurrentRawStream}

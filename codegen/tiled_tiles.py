@@ -271,9 +271,9 @@ _HOPPER_EFFICIENCY = {"hopper": 0.65, "hopper, narrow": 0.46}
 at 64 under a causal mask."""
 
 
-HOST_LAUNCHES = {"forward": 6, "backward": 15}
+HOST_LAUNCHES = {"forward": 3, "backward": 7}
 """Host time of one call in compiled code beside its kernels, in launches of the cost model (4 µs each). Measured on an
-H100's host (torch 2.11, Triton 3.6; benchmarks/host_time.py): 27.6 and 71.4 µs, where a call of SDPA takes 31.6."""
+H100's host (torch 2.11, Triton 3.6; benchmarks/host_time.py): 15.8 and 38.0 µs, where a call of SDPA takes 29.5."""
 
 
 _SM_SHARE = 3.0

@@ -115,6 +115,20 @@ def _direct_call(compiled: Any, convention: _Convention, take_apart: Callable[..
     return DirectCall(compiled, launch, before, after, describe)
 
 
+def unwatched_text() -> tuple[str, dict[str, Any]]:
+    """A condition in Python that `watched` is false, without a call: both hooks are the same objects as now, and empty.
+
+    Where they are no chains of Triton's, it is `watched` that is asked.
+    """
+    if watched():  # also finds `_runtime`
+        return "not watched()", {"watched": watched}
+    names = {"enter": _runtime.launch_enter_hook, "leave": _runtime.launch_exit_hook}
+    if not all(isinstance(getattr(chain, "calls", None), list) for chain in names.values()):
+        return "not watched()", {"watched": watched}
+    hooks = "hooks.launch_enter_hook is enter and hooks.launch_exit_hook is leave"
+    return f"{hooks} and not enter.calls and not leave.calls", {"hooks": _runtime, **names}
+
+
 _runtime: Any = None
 
 

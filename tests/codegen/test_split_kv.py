@@ -321,8 +321,10 @@ def test_programs_come_out_even(hardware: Hardware, stored: str | None, query: i
 
 def test_as_many_programs_as_run_side_by_side() -> None:
     tile = {"block_n": 64, "shortest": 2, "resident": 2}
-    assert equal_splits(tile, 1, 8, 32768, 132) == 33
-    assert equal_splits(tile, 8, 8, 8192, 132) == 4
+    assert equal_splits(tile, 1, 8, 32768, 132) == 16
+    assert equal_splits(tile, 1, 8, 32704, 132) == 33, "too short for one program on each multiprocessor"
+    assert equal_splits(tile, 8, 8, 8192, 132) == 2
+    assert equal_splits(tile, 8, 8, 2048, 132) == 4
     assert equal_splits(tile, 64, 8, 8192, 132) == 1
     assert equal_splits(tile, 1, 8, 256, 132) == 2
     assert equal_splits(tile, 1, 8, 0, 132) == 1

@@ -251,7 +251,7 @@ def test_pieces_of_one_memory_do_not_overlap() -> None:
     assert call(torch.empty(65)[1:]) is None, "an address that is no multiple of 16"
 
 
-def test_no_repetition_while_a_profiler_looks_on(launches: Launches) -> None:
+def test_no_repetition_while_a_profiler_looks_on(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
     case, plan = _tiled("causal")
@@ -272,6 +272,8 @@ def test_no_repetition_while_a_profiler_looks_on(launches: Launches) -> None:
     finally:
         hook.remove(print)
     assert _again(again, (q, k, v), case.sizes) is not None
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", print)  # a hook that is no chain, in place of the chain
+    assert _again(again, (q, k, v), case.sizes) is None
 
 
 def test_a_misaligned_tensor_is_no_repetition(launches: Launches) -> None:
