@@ -21,7 +21,7 @@ from attncomp.cost import predict_ms
 from attncomp.expr import TRUE, ZERO, Const, Expr, Load, add, and_, eq, le
 from attncomp.hardware import H100_SXM
 from attncomp.passes.prove import prove
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.proof import Case
 from attncomp.reference import attention_reference
 from attncomp.report import clear_reports, reports
@@ -98,7 +98,7 @@ def _captured(kind: str, holds: bool, length: int = 40) -> list[torch.Tensor]:
 
 
 def built_errors(
-    kind: str, holds: bool, length: int = 40, device: str = "cpu", spans: bool = False
+    kind: str, holds: bool, length: int = 40, device: str = "cpu", spans: bool = False, by_head: bool = False
 ) -> dict[str, float]:
     """Through `build` and autograd, as a model runs it, against the reference in float64.
 
@@ -107,13 +107,17 @@ def built_errors(
     torch.manual_seed(0)
     plan = _small(_plan(kind, length)) if device == "cpu" else _plan(kind, length, device)
     if spans:
-        plan = replace(plan, params={which: {**tiles, "spans": True} for which, tiles in plan.params.items()})
+        params = {which: {**plan.params[which], "spans": True} for which in ("general", "case")}
+        plan = replace(plan, params={**plan.params, **params})
+    if by_head:
+        plan = replace(plan, params={**plan.params, BY_HEAD: True})
     inputs = [torch.randn(2, 2, length, 16) for _ in range(3)] + _captured(kind, holds, length)
     ours, wanted = (
         [x.detach().to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs]
         for dtype in (torch.float32, torch.float64)
     )
     out = TILED_CHECKED.build(plan, Inputs(ours[0], ours[1], ours[2], ours[3:], ()))
+    assert (out.is_contiguous(), out.transpose(1, 2).is_contiguous()) == (by_head, not by_head)
     expected = attention_reference(plan.spec, wanted[0], wanted[1], wanted[2], wanted[3:], ())
     direction = torch.randn_like(out)
     out.backward(direction)
@@ -139,6 +143,12 @@ def test_both_kinds_of_data(kind: str, holds: bool, interpreter: Callable[..., d
 def test_spans_are_of_the_whole_mask(holds: bool, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(built_errors, "padding", holds, 100, "cpu", True)
     assert set(found) == {"out", "dq", "dk", "dv"}
+    assert max(found.values()) <= 2e-5, found
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_both_kernels_store_in_the_same_order(holds: bool, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(built_errors, "triangle", holds, 40, "cpu", False, True)
     assert max(found.values()) <= 2e-5, found
 
 
