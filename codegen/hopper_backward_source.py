@@ -37,14 +37,13 @@ def hopper_kernels(plan: Plan) -> tuple[str, ...]:
 
 
 def finds_drops(plan: Plan) -> bool:
-    """Whether ``queries`` finds what ``prepare`` would for its rows, and leaves it for the kernels after it.
+    """Whether ``queries`` finds rowsum(dO * O) of its rows, and leaves it for the kernels after it.
 
-    Not where rows are swept once more for it, and not the gradient of a sink.
+    The gradient of a sink needs it before. Where logits may be huge (`has_spread`), ``prepare`` stays for the rest.
     """
-    spec = plan.spec
-    sink = spec.normaliser.sink
-    learned = sink is not None and bool(learned_reads(spec, sink, "n"))
-    return "queries" in hopper_kernels(plan) and not has_spread(spec) and not learned
+    sink = plan.spec.normaliser.sink
+    learned = sink is not None and bool(learned_reads(plan.spec, sink, "n"))
+    return "queries" in hopper_kernels(plan) and not learned
 
 
 def hopper_backward_arguments(plan: Plan, kernel: str) -> Arguments:

@@ -161,10 +161,11 @@ def backward_arguments(
     return replace(base, strides=(*base.strides, *strides))
 
 
-def backward_source(plan: Plan, descriptors: bool = False) -> str:
+def backward_source(plan: Plan, descriptors: bool = False, *, drops: bool = True) -> str:
     """The module with all backward kernels of `plan`.
 
-    descriptors: q, k, v and the gradient of the output are tensor descriptors, else pointers with strides.
+    descriptors: q, k, v and the gradient of the output are tensor descriptors, else pointers with strides. drops:
+    ``prepare`` finds rowsum(dO * O).
 
     Raises:
         UnprintableError: an expression has no Triton form.
@@ -186,6 +187,7 @@ def backward_source(plan: Plan, descriptors: bool = False) -> str:
         **common_context(plan),
         **kernels,
         descriptors=descriptors,
+        drops=drops,
         arguments=backward_arguments(plan, descriptors).names,
         functions=functions,
         program=program_context(exponent),

@@ -32,6 +32,7 @@ from attncomp.codegen.tiled_backward_source import (
     backward_arguments,
     backward_source,
     has_every_pair,
+    has_spread,
     learned_tensors,
     pair_kernels,
     stored_reads,
@@ -117,13 +118,15 @@ class Launcher:
             module = kernel_module(hopper_source(plan), name=name, variant="tiled", key=self._key)
             return {"forward": Kernel(module.forward, hopper_arguments(plan), plan.params["hopper"], gluon=True)}
         tiles = {"forward": "forward"}
-        source, arguments = forward_source, forward_arguments
+        source: Callable[[Plan, bool], str] = forward_source
+        arguments = forward_arguments
+        found_later = direction == "backward" and hopper and finds_drops(plan)
         if direction == "backward":
             tiles = {"keys": "keys", "queries": "queries"}
-            if plan.spec.normaliser.kind != "none":
+            if plan.spec.normaliser.kind != "none" and not (found_later and not has_spread(plan.spec)):
                 tiles["prepare"] = "prepare"
             tiles.update({f"pairs_{n}": "pairs" for n, _ in enumerate(pair_kernels(plan.spec))})
-            source, arguments = backward_source, backward_arguments
+            source, arguments = partial(backward_source, drops=not found_later), backward_arguments
         name = f"tiled {direction}, {plan.proof.text}"
         module = kernel_module(source(plan, descriptors), name=name, variant="tiled", key=self._key)
         taken = arguments(plan, descriptors)
@@ -134,8 +137,6 @@ class Launcher:
             for kernel in hopper_kernels(plan):
                 taken = hopper_backward_arguments(plan, kernel)
                 made[kernel] = Kernel(getattr(module, kernel), taken, plan.params[f"hopper_{kernel}"], gluon=True)
-            if finds_drops(plan):
-                del made["prepare"]
         return made
 
     def forward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:
