@@ -485,6 +485,7 @@ def test_ranges_from_data_on_a_gpu(name: str, width: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiled_launch, "hopper_source", render)
     monkeypatch.setattr(tiled_launch, "_kernels", {})  # masks that differ in their data alone share a plan
     monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "_repeats", {})
     masked = spans_runs.find(name)
     if masked.queries == masked.keys:
         masked = dataclasses.replace(masked, queries=1000, keys=1000)
