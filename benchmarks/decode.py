@@ -4,7 +4,7 @@
 errors are relative to float64, on the first and the last sequence. On CUDA every call is recorded into a CUDA graph and
 the graph replayed, so that host time does not count. Where all sequences are as long as the cache, nobody gets a mask;
 otherwise the lengths are a tensor on the device: `split_kv` and `tiled` read it, SDPA gets a dense mask made from it
-beforehand, FlexAttention a block mask made beforehand.
+beforehand, FlexAttention a block mask made beforehand. A cache in float8 is read by `split_kv`, and cast by the others.
 
 Run with ``PYTHONPATH=. python benchmarks/decode.py [--cases "B1 32k;B8 8k"] [--tile num_stages=4,resident=3]``.
 """
@@ -28,7 +28,7 @@ from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import TRUE, Const, Load, add, lt
 from attncomp.hardware import detect
 from attncomp.passes.prove import prove
-from attncomp.plan import Plan
+from attncomp.plan import STORED, Plan
 from attncomp.spec import AXES, B, I, J, TensorInfo, plain_spec
 from attncomp.variant import Inputs, KernelVariant, Rejection, Request
 from benchmarks import measure as m
@@ -44,7 +44,8 @@ class Case:
     """`batch` sequences in a cache of `places`; shortest: the least that one of them has filled (None: all are full).
 
     The last `queries` of a sequence's keys are those of its queries. even: lengths between the shortest and the whole
-    cache; otherwise all are the shortest.
+    cache; otherwise all are the shortest. stored: the dtype of the cache, which `split_kv` reads as it is; for the
+    others it is cast in the call.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     shortest: int | None = None
     even: bool = True
     queries: int = 1
+    stored: str | None = None
 
     @property
     def masked(self) -> bool:
@@ -77,6 +79,8 @@ CASES = (
     Case("B64 256 to 8k", 64, 8 * K, shortest=256),
     Case("B1 8k of 128k", 1, 128 * K, shortest=8 * K, even=False),
     Case("B8 8k, 8 queries", 8, 8 * K, queries=8),
+    Case("B8 8k, float8", 8, 8 * K, stored="float8_e4m3fn"),
+    Case("B64 8k, float8", 64, 8 * K, stored="float8_e4m3fn"),
 )
 
 
@@ -98,6 +102,8 @@ def generated(
         mask=lt(J, after) if case.masked else TRUE,
         captured=(TensorInfo("c0", (Const(batch),), "int64"),) if case.masked else (),
     )
+    narrow = (t if t.name not in ("k", "v") else replace(t, stored=case.stored) for t in spec.tensors)
+    spec = replace(spec, tensors=tuple(narrow))
     hints = dict(zip(AXES, (batch, heads, queries, k.shape[2], width, width), strict=True))
     request = Request(spec, prove(spec.mask, spec.extents), q.device.type, detect(q.device), hints)
     offer = variant.accept(request)
@@ -108,7 +114,18 @@ def generated(
         params["split"] = {**params["split"], **tile}
     plan = Plan(spec, request.proof, variant.name, params, sources_fingerprint())
     captured = [lengths] if case.masked else []
-    return lambda q, k, v: variant.build(plan, Inputs(q, k, v, captured, ()))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = variant.build(plan, Inputs(q, k, v, captured, ()))
+        assert isinstance(found, Tensor)
+        return found
+
+    return attend if plan.params.get(STORED) else cast_first(attend)
+
+
+def cast_first(attend: Attention) -> Attention:
+    """With keys and values in the dtype of the queries."""
+    return lambda q, k, v: attend(q, k.to(q.dtype), v.to(q.dtype))
 
 
 def library(backend: SDPBackend, mask: Tensor | None) -> Attention:
@@ -152,11 +169,11 @@ def contestants(
         found[variant.name] = None if isinstance(own, Rejection) else own
     mask = dense_mask(case, lengths) if case.masked else None
     if q.device.type != "cuda":
-        return found | {"SDPA": library(SDPBackend.MATH, mask)}
-    found["cuDNN"] = library(SDPBackend.CUDNN_ATTENTION, mask)
-    found["flash"] = None if case.masked else library(SDPBackend.FLASH_ATTENTION, mask)  # takes no mask
-    found["efficient"] = library(SDPBackend.EFFICIENT_ATTENTION, mask)
-    found["flex"] = flex(case, lengths)
+        return found | {"SDPA": cast_first(library(SDPBackend.MATH, mask))}
+    found["cuDNN"] = cast_first(library(SDPBackend.CUDNN_ATTENTION, mask))
+    found["flash"] = None if case.masked else cast_first(library(SDPBackend.FLASH_ATTENTION, mask))  # takes no mask
+    found["efficient"] = cast_first(library(SDPBackend.EFFICIENT_ATTENTION, mask))
+    found["flex"] = cast_first(flex(case, lengths))
     return found
 
 
@@ -207,9 +224,11 @@ def run(case: Case, device: str, dtype: torch.dtype, runs: int, tile: Mapping[st
 
     q, k, v = made(HEADS, case.queries), made(KEY_HEADS, case.places), made(KEY_HEADS, case.places)
     lengths = case.lengths(device)
+    if case.stored is not None:
+        k, v = (x.to(getattr(torch, case.stored)) for x in (k, v))
     size = int(lengths.sum()) * 2 * KEY_HEADS * WIDTH * k.element_size()
     some = sorted({0, case.batch - 1})
-    right = torch.cat([exact(case, q, k, v, lengths, n) for n in some])
+    right = torch.cat([exact(case, q, k.to(dtype), v.to(dtype), lengths, n) for n in some])
     row = [case.name]
     with torch.no_grad():
         for name, attend in contestants(case, q, k, lengths, tile).items():

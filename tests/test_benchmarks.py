@@ -119,9 +119,11 @@ def test_tiles() -> None:
 
 
 def test_decode() -> None:
-    said = interpreted("benchmarks/decode.py", *TINY, "--cases", "B1 32k;B8 1k to 32k", "--tile", "block_n=16")
+    said = interpreted(
+        "benchmarks/decode.py", *TINY, "--cases", "B1 32k;B8 1k to 32k;B8 8k, float8", "--tile", "block_n=16"
+    )
     found = rows(said)[1:]
-    assert [row[0] for row in found] == ["B1 32k", "B8 1k to 32k"]
+    assert [row[0] for row in found] == ["B1 32k", "B8 1k to 32k", "B8 8k, float8"]
     assert max(float(row[n]) for row in found for n in (3, 6, 9)) < 1e-5
 
 
