@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 import attncomp
 from attncomp.backend import attncomp as backend
+from attncomp.codegen.split_kv_launch import SplitKernels
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 
 PLACES = 40
@@ -69,3 +72,38 @@ def decode(new: int, window: int | None, device: str = "cpu") -> dict[str, Any]:
         "variants": [s.variant for r in reports for s in r.sites],
         "compilations": len(reports),
     }
+
+
+def decode_stored(stored: str, device: str = "cpu") -> dict[str, Any]:
+    """Attention over keys and values in `stored`: the dtypes that the kernels were prepared for, the variant, and the
+    greatest error, NaN or infinite where only one side is.
+    """
+    if device == "cpu":
+        object.__setattr__(SPLIT_KV, "devices", ("cpu",))
+    given: list[str] = []
+    prepare = SplitKernels.forward
+
+    def noted(self: SplitKernels, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
+        given.extend(str(t.dtype).removeprefix("torch.") for t in tensors)
+        return prepare(self, tensors, sizes)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.to(q.dtype).mT * 0.35).softmax(-1) @ v.to(q.dtype)
+
+    executor = "eager" if device == "cpu" else "inductor"
+    policy: Any = {"version": 1, "defaults": {"min_speedup": 0, "variants": ["split_kv"]}}
+    compiled = torch.compile(attend, backend=backend, options={"policy": policy, "executor": executor})
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q = torch.randn(2, 3, 5, 16, device=device, dtype=dtype)
+    k, v = (torch.randn(2, 3, 200, 16, device=device).to(getattr(torch, stored)) for _ in range(2))
+    if device != "cpu":  # the interpreter reads the codes of NaN and infinity as numbers
+        v[0, 0, 3, 5] = float("nan")
+        v[1, 1, 4, 6] = float("inf") if stored == "float8_e5m2" else float("nan")
+    with patch.object(SplitKernels, "forward", noted), torch.no_grad():
+        for _ in range(3):
+            found = compiled(q, k, v).double()
+    right = attend(q.double(), k, v)
+    same = (found == right) | (found.isnan() & right.isnan())
+    error = float((found - right).masked_fill(same, 0.0).abs().max())
+    return {"given": given, "variant": attncomp.reports()[-1].sites[0].variant, "error": error}

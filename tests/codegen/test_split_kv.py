@@ -38,7 +38,7 @@ from tests.codegen.split_kv_runs import (
     split_errors,
     split_plan,
 )
-from tests.codegen.static_cache_runs import decode
+from tests.codegen.static_cache_runs import decode, decode_stored
 from tests.codegen.tiled_runs import WIDTHS, with_dtype
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
@@ -138,6 +138,21 @@ def test_a_static_cache_is_compiled_once(
     found = interpreter(decode, new, window)
     assert found.pop("error") < 1e-5
     assert found == {"masks": [mask], "variants": ["split_kv"], "compilations": 1}
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2"])
+def test_the_compiled_graph_hands_over_what_is_stored(stored: str, interpreter: Callable[..., dict[str, Any]]) -> None:
+    found = interpreter(decode_stored, stored)
+    assert found.pop("error") < 1e-5
+    assert found == {"given": ["float32", stored, stored], "variant": "split_kv"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2"])
+def test_what_is_stored_on_a_gpu(stored: str) -> None:
+    found = decode_stored(stored, "cuda")
+    assert found.pop("error") < 3e-2
+    assert found == {"given": ["bfloat16", stored, stored], "variant": "split_kv"}
 
 
 @pytest.mark.gpu
