@@ -12,16 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attncomp.codegen.spans import uses_spans
-from attncomp.codegen.tiled_tiles import has_even_tiles
+from attncomp.codegen.tiled_tiles import L2_SHARE, has_even_tiles, stay_in_l2
 from attncomp.expr import axes_of, loads_of
 from attncomp.plan import Plan
-
-L2_SHARE = 32 * 2**20
-"""Bytes of keys and values that stay in the L2 (50 MB), beside what passes through it."""
-_SHORT = 64
-"""Tiles of a head up to which twice as much may pass the L2 by. Measured on an H100 under a causal mask, 16 heads of
-width 128, dealt out by length and by the hardware: 0.115 and 0.148 ms at 4k (32 MB), 0.421 and 0.471 at 8k (64 MB),
-1.73 and 1.60 at 16k (128 MB)."""
 
 
 def turns(plan: Plan, heads: int, bytes_of_head: int) -> int:
@@ -56,6 +49,6 @@ def schedule(plan: Plan, tiles: int, heads: int, kv_bytes: int, multiprocessors:
         return Schedule(min(total, multiprocessors), near)
     if has_even_tiles(plan.spec, plan.proof) and not uses_spans(plan):
         return Schedule(min(total, multiprocessors), wave)
-    if kv_bytes <= L2_SHARE * (2 if tiles <= _SHORT else 1):
+    if stay_in_l2(kv_bytes, tiles):
         return Schedule(min(total, multiprocessors), heads)
     return Schedule(total, wave)

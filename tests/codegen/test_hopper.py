@@ -178,6 +178,25 @@ def _chunked(length: int, program: Expr | None = None, *, ids: bool = False) -> 
     return Plan(spec, proof, "tiled", offer.params)
 
 
+@pytest.mark.parametrize(("length", "queue"), [(4096, False), (8192, False), (16384, True)])
+def test_gates_of_many_keys_are_taken_from_a_queue(length: int, queue: bool) -> None:
+    for load, found in ((Load("c0", (H, J)), queue), (Load("c0", (H, I)), False)):
+        spec = plain_spec(
+            batch=1,
+            heads=16,
+            query=length,
+            key=length,
+            width=128,
+            dtype="bfloat16",
+            mask=ge(I, J),
+            captured=(TensorInfo("c0", (Const(16), Const(length)), "float32"),),
+            program=add(mul(Score(), Const(0.1)), load),
+        )
+        tile = tiled_tiles.hopper_tile(spec, prove(spec.mask, spec.extents), H100_SXM)
+        assert tile is not None
+        assert ("queue" in tile, "branches" in tile) == (found, False)
+
+
 def test_one_loop_only_where_a_tile_inside_is_computed_as_one_on_the_edge() -> None:
     alibi = add(mul(Score(), Const(0.1)), mul(Load("c0", (H,)), to_float(sub(J, I))))
     for length, program, ids, branches in (
