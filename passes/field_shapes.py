@@ -12,33 +12,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from attncomp.passes.field_atoms import Atoms, Label, Pieces, SplitError
 from attncomp.passes.field_rules import BY_ROW, FUNCTIONS, is_item
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import argument, arguments, dimension, name_of, value_of
-
-KEPT = 2
-"""Elements that are kept of what is never addressed: two, to tell numbers from tensors."""
 
 _ROUNDS = 40
 
 _MARKS = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121)
 """Strides by which dimensions are told apart: primes, so that none is a multiple of another."""
 
-Atoms: TypeAlias = "tuple[int, ...]"
-Label: TypeAlias = "tuple[Any, ...]"
-
 
 class _UnreadError(Exception):
     """An operator has dimensions that this module can't say (internal)."""
-
-
-class _AgainError(Exception):
-    """An atom was split: the dimensions are read again (internal)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +53,7 @@ def sides(nodes: Sequence[Node], way: Callable[[Node], str], known: KnownValues)
         try:
             reader.read(nodes)
             return reader.found(nodes)
-        except _AgainError:
+        except SplitError:
             continue
         except _UnreadError:
             return None
@@ -73,81 +64,8 @@ class _Reader:
     def __init__(self, way: Callable[[Node], str], known: KnownValues) -> None:
         self.way = way
         self.known = known
-        self.parent: list[int] = []
-        self.size: list[int] = []
-        self.pinned: list[bool] = []
-        self.parts: dict[int, tuple[int, int]] = {}
-        self.fresh: dict[tuple[Node, Any], int] = {}
+        self.pieces = Pieces()
         self.dims: dict[Node, Any] = {}
-
-    # -- atoms
-
-    def root(self, a: int) -> int:
-        while self.parent[a] != a:
-            self.parent[a] = self.parent[self.parent[a]]
-            a = self.parent[a]
-        return a
-
-    def atoms(self, key: tuple[Node, Any], size: int) -> Atoms:
-        """The atoms of a dimension that begins here."""
-        if size == 1:
-            return ()
-        if key not in self.fresh:
-            self.fresh[key] = self._new(size)
-        return self._flat(self.fresh[key])
-
-    def _new(self, size: int) -> int:
-        self.parent.append(len(self.parent))
-        self.size.append(size)
-        self.pinned.append(False)
-        return len(self.parent) - 1
-
-    def _flat(self, a: int) -> Atoms:
-        a = self.root(a)
-        if a not in self.parts:
-            return (a,)
-        first, second = self.parts[a]
-        return (*self._flat(first), *self._flat(second))
-
-    def pin(self, atoms: Atoms) -> Atoms:
-        for a in atoms:
-            for b in self._flat(a):
-                self.pinned[self.root(b)] = True
-        return atoms
-
-    def split(self, a: int, first: int) -> None:
-        a = self.root(a)
-        parts = (self._new(first), self._new(self.size[a] // first))
-        self.parts[a] = parts
-        if self.pinned[a]:
-            self.pin(parts)
-        raise _AgainError
-
-    def union(self, a: int, b: int) -> None:
-        a, b = self.root(a), self.root(b)
-        if a != b:
-            self.parent[b] = a
-            self.pinned[a] |= self.pinned[b]
-
-    def join(self, x: Atoms, y: Atoms) -> Atoms:
-        """The atoms of two dimensions that run along each other; () is a broadcast one."""
-        if not x or not y:
-            return x or y
-        left, right = list(x), list(y)
-        for a, b in zip(left, right, strict=False):
-            m, n = self.size[self.root(a)], self.size[self.root(b)]
-            if m == n:
-                self.union(a, b)
-            elif m % n == 0:
-                self.split(a, n)
-            elif n % m == 0:
-                self.split(b, m)
-            else:
-                self.pin((*x, *y))
-                return x
-        return x
-
-    # -- nodes
 
     def read(self, nodes: Sequence[Node]) -> None:
         self.dims = {}
@@ -159,28 +77,21 @@ class _Reader:
         for node in nodes:
             if isinstance(value_of(node), torch.Tensor):
                 dims = self.dims[node]
-                shapes[node] = tuple(math.prod(self._held(a) for a in atoms) for atoms in dims)
-                labels[node] = tuple(map(self._label, dims))
+                shapes[node] = tuple(math.prod(self.pieces.held(a) for a in atoms) for atoms in dims)
+                labels[node] = tuple(map(self.pieces.label, dims))
         return Sides(shapes, labels)
 
-    def _held(self, a: int) -> int:
-        a = self.root(a)
-        return self.size[a] if self.pinned[a] else min(self.size[a], KEPT)
-
-    def _label(self, atoms: Atoms) -> Label:
-        if any(not self.pinned[self.root(a)] for a in atoms):
-            return ("along", *map(self.root, atoms))
-        return ("size", math.prod(self.size[self.root(a)] for a in atoms))
-
     def _begins(self, node: Node, pinned: bool = False) -> tuple[Atoms, ...]:
-        made = tuple(self.atoms((node, d), int(s)) for d, s in enumerate(value_of(node).shape))
+        made = tuple(self.pieces.atoms((node, d), int(s)) for d, s in enumerate(value_of(node).shape))
         if pinned:
             for atoms in made:
-                self.pin(atoms)
+                self.pieces.pin(atoms)
         return made
 
     def _begins_item(self, node: Node, n: int) -> tuple[Atoms, ...]:
-        return tuple(self.pin(self.atoms((node, (n, d)), int(s))) for d, s in enumerate(value_of(node)[n].shape))
+        return tuple(
+            self.pieces.pin(self.pieces.atoms((node, (n, d)), int(s))) for d, s in enumerate(value_of(node)[n].shape)
+        )
 
     def _addressed(self, node: Node) -> tuple[Atoms, ...]:
         """`_unknown`, of an operator with one result."""
@@ -192,7 +103,7 @@ class _Reader:
         for a in node.all_input_nodes:
             dims = self.dims.get(a)
             for atoms in dims if isinstance(dims, tuple) else ():
-                self.pin(atoms)
+                self.pieces.pin(atoms)
         if isinstance(value_of(node), list | tuple):
             return [self._begins_item(node, n) for n in range(len(value_of(node)))]
         return self._begins(node, pinned=True)
@@ -213,7 +124,7 @@ class _Reader:
             return source[arguments(node)[1]] if isinstance(source, list) else self._begins(node)
         if name in BY_ROW:
             dims = self._dims(arguments(node)[0])
-            self.pin(dims[dimension(int(argument(node, 1, "dim")), len(dims))])
+            self.pieces.pin(dims[dimension(int(argument(node, 1, "dim")), len(dims))])
             return dims
         if way == "function":
             return self._elementwise(node)
@@ -234,7 +145,7 @@ class _Reader:
         for dims in operands:
             for d, atoms in enumerate(dims):
                 at = rank - len(dims) + d
-                found[at] = self.join(found[at], atoms)
+                found[at] = self.pieces.join(found[at], atoms)
         return tuple(found)
 
     def _elementwise(self, node: Node) -> tuple[Atoms, ...]:
@@ -247,7 +158,7 @@ class _Reader:
         shape = value_of(node).shape
         lead = len(shape) - len(source)
         return tuple(
-            source[d - lead] if d >= lead and source[d - lead] else self.atoms((node, d), int(s))
+            source[d - lead] if d >= lead and source[d - lead] else self.pieces.atoms((node, d), int(s))
             for d, s in enumerate(shape)
         )
 
@@ -266,13 +177,13 @@ class _Reader:
         for d, (size, stride) in enumerate(zip(made.shape, made.stride(), strict=True)):
             at = next((n for n, m in enumerate(marks) if m == stride and shape[n] == size), None)
             if at is None:
-                found.append(self.pin(self.atoms((node, d), int(size))))
+                found.append(self.pieces.pin(self.pieces.atoms((node, d), int(size))))
             else:
                 used.add(at)
                 found.append(dims[at])
         for n, atoms in enumerate(dims):
             if n not in used:
-                self.pin(atoms)
+                self.pieces.pin(atoms)
         return tuple(found)
 
     def _viewed(self, node: Node) -> tuple[Atoms, ...]:
@@ -283,12 +194,12 @@ class _Reader:
             have = 1
             while have < size and left:
                 need, a = size // have, left[0]
-                if self.size[self.root(a)] > need:
-                    if self.size[self.root(a)] % need:
+                if self.pieces.size[self.pieces.root(a)] > need:
+                    if self.pieces.size[self.pieces.root(a)] % need:
                         return self._addressed(node)
-                    self.split(a, need)
+                    self.pieces.split(a, need)
                 taken.append(left.pop(0))
-                have *= self.size[self.root(taken[-1])]
+                have *= self.pieces.size[self.pieces.root(taken[-1])]
             if have != size:
                 return self._addressed(node)
             found.append(tuple(taken))
@@ -301,9 +212,9 @@ class _Reader:
             added = self._dims(x)
             x, y = y, arguments(node)[2]
         a, b = self._dims(x), self._dims(y)
-        inner = self.join(a[-1], b[-2] if len(b) > 1 else b[-1])
-        self.pin(inner)
-        self.pin(a[-1])
+        inner = self.pieces.join(a[-1], b[-2] if len(b) > 1 else b[-1])
+        self.pieces.pin(inner)
+        self.pieces.pin(a[-1])
         batch = self._broadcast(a[:-2], b[:-2])
         found = (*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
         return self._broadcast(found, added) if added else found
@@ -316,10 +227,10 @@ class _Reader:
         along: dict[str, Atoms] = {}
         for term, x in zip(inputs.split(","), arguments(node)[1], strict=True):
             for label, atoms in zip(term, self._dims(x), strict=True):
-                along[label] = self.join(along.get(label, ()), atoms)
+                along[label] = self.pieces.join(along.get(label, ()), atoms)
         for label, atoms in along.items():
             if label not in output:
-                self.pin(atoms)
+                self.pieces.pin(atoms)
         return tuple(along[label] for label in output)
 
     def _reduced(self, node: Node) -> tuple[Atoms, ...]:
@@ -328,7 +239,7 @@ class _Reader:
         wanted = [*range(len(dims))] if wanted in (None, []) else [wanted] if isinstance(wanted, int) else wanted
         at = {dimension(int(d), len(dims)) for d in wanted}
         for d in at:
-            self.pin(dims[d])
+            self.pieces.pin(dims[d])
         if argument(node, 2, "keepdim", False):
             return tuple(() if d in at else a for d, a in enumerate(dims))
         return tuple(a for d, a in enumerate(dims) if d not in at)
@@ -337,43 +248,45 @@ class _Reader:
         dims = self._dims(arguments(node)[0])
         at = argument(node, 1, "dims" if name_of(node) == "flip" else "dim")
         for d in [at] if isinstance(at, int) else at:
-            self.pin(dims[dimension(int(d), len(dims))])
+            self.pieces.pin(dims[dimension(int(d), len(dims))])
         return dims
 
     def _cut(self, node: Node) -> tuple[Atoms, ...]:
         dims = self._dims(arguments(node)[0])
-        self.pin((*dims[-1], *dims[-2]))
+        self.pieces.pin((*dims[-1], *dims[-2]))
         return dims
 
     def _joined(self, node: Node) -> tuple[Atoms, ...]:
         parts = [self._dims(x) for x in arguments(node)[0]]
         rank = value_of(node).dim()
         at = dimension(int(argument(node, 1, "dim", 0)), rank)
-        new = self.pin(self.atoms((node, at), int(value_of(node).shape[at])))
+        new = self.pieces.pin(self.pieces.atoms((node, at), int(value_of(node).shape[at])))
         if name_of(node) == "stack":
             whole = self._broadcast(*parts)
             return (*whole[:at], new, *whole[at:])
         for dims in parts:
-            self.pin(dims[at])
+            self.pieces.pin(dims[at])
         whole = self._broadcast(*((*dims[:at], (), *dims[at + 1 :]) for dims in parts))
         return (*whole[:at], new, *whole[at + 1 :])
 
     def _parted(self, node: Node) -> Any:
         dims = self._dims(arguments(node)[0])
         at = dimension(int(argument(node, 1 if name_of(node) == "unbind" else 2, "dim", 0)), len(dims))
-        self.pin(dims[at])
+        self.pieces.pin(dims[at])
         found = []
         for n, x in enumerate(value_of(node)):
-            own = () if name_of(node) == "unbind" else (self.pin(self.atoms((node, n), int(x.shape[at]))),)
+            own = (
+                () if name_of(node) == "unbind" else (self.pieces.pin(self.pieces.atoms((node, n), int(x.shape[at]))),)
+            )
             found.append((*dims[:at], *own, *dims[at + 1 :]))
         return found
 
     def _scattered(self, node: Node) -> tuple[Atoms, ...]:
         base, part = self._dims(arguments(node)[0]), self._dims(arguments(node)[1])
         at = dimension(int(argument(node, 2, "dim", 0)), len(base))
-        self.pin(base[at])
+        self.pieces.pin(base[at])
         if name_of(node) == "slice_scatter":
-            self.pin(part[at])
+            self.pieces.pin(part[at])
             part = (*part[:at], (), *part[at + 1 :])
         else:
             part = (*part[:at], (), *part[at:])
@@ -386,8 +299,8 @@ class _Reader:
         for n in range(0, len(amounts), 2):
             at = len(dims) - 1 - n // 2
             if amounts[n] or amounts[n + 1]:
-                self.pin(dims[at])
-                found[at] = self.pin(self.atoms((node, at), int(value_of(node).shape[at])))
+                self.pieces.pin(dims[at])
+                found[at] = self.pieces.pin(self.pieces.atoms((node, at), int(value_of(node).shape[at])))
         return tuple(found)
 
     def _solved(self, node: Node) -> tuple[Atoms, ...]:
@@ -395,7 +308,7 @@ class _Reader:
         if len(a) != len(b) or not argument(node, 3, "left", True):
             return self._addressed(node)
         for atoms in (a[-1], a[-2], b[-2]):
-            self.pin(atoms)
+            self.pieces.pin(atoms)
         return (*self._broadcast(a[:-2], b[:-2]), b[-2], b[-1])
 
 

@@ -23,9 +23,10 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attncomp.passes.field import EXPONENTS, VALUES, Field
+from attncomp.passes.field_atoms import Label
 from attncomp.passes.field_held import Held, drawn
 from attncomp.passes.field_rules import BY_ROW, FUNCTIONS, MOVES, OF_TUPLES, RULES, is_item, uninterpreted
-from attncomp.passes.field_shapes import Label, Sides, sides
+from attncomp.passes.field_shapes import Sides, sides
 from attncomp.passes.known_values import KnownValues, is_fixed
 from attncomp.passes.nodes import argument, arguments, name_of, value_of
 

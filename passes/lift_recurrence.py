@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
+from attncomp.passes.hoist import hoist
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
@@ -24,6 +25,7 @@ from attncomp.passes.recurrence_check import STATES, WORK, Check, drawn, with_in
 from attncomp.passes.recurrence_guesses import guesses
 from attncomp.passes.recurrence_pool import arranged, frames, pool, values_of_rows, whole
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
+from attncomp.passes.recurrence_sums import sums_of
 from attncomp.passes.recurrences import Read
 from attncomp.passes.region_key import key_of
 from attncomp.passes.site import Missed, Site, missed
@@ -57,21 +59,80 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     claimed = set(taken)
     seen: dict[Any, _Known | Rejection | None] = {}
     collected = frozenset(p.node for p in candidates if p.stepwise)
+    alive: set[Node] | None = None  # the nodes that are left, where some went
     for place in reversed(candidates):  # what is farther down holds what is above it
         if place.node in claimed:
             continue
+        if alive is not None:
+            place = replace(place, outputs=tuple(n for n in place.outputs if n in alive))
         try:
             result = _Search(graph, known, place, claimed, seen, collected).result()
         except Exception as error:  # a fault here must not cost the graph its other attention
             result = Rejection("error", f"{type(error).__name__}: {error}")
         if result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
             continue  # the quadratic form, perhaps, which is for others to lift
-        found.append(missed("linear", place.node, result) if isinstance(result, Rejection) else result)
+        anchor, inner = place.node, list[Site]()
+        if isinstance(result, Rejection) and place.stepwise and result.code == "not-a-recurrence":
+            made = hoist(graph, place.node, claimed.union(*map(_stays, found)))
+            if made is not None:  # the place itself is gone
+                anchor, alive = made.places[-1], set(graph.graph.nodes)
+                found = [_with(s, place.node, made.out) for s in found]
+                inner = _inner(graph, known, made.places, claimed, seen, collected)
+        if inner:
+            found.extend(inner)
+            claimed.update(*(s.covered() for s in inner))
+            continue
+        found.append(missed("linear", anchor, result) if isinstance(result, Rejection) else result)
         if isinstance(result, Site):
             claimed |= result.covered()
         elif place.stepwise:
-            claimed |= ancestors(place.node)  # its steps are no recurrences of their own
+            claimed |= ancestors(anchor)  # its steps are no recurrences of their own
     return found[::-1]
+
+
+def _inner(
+    graph: GraphModule,
+    known: KnownValues,
+    made: list[Node],
+    claimed: set[Node],
+    seen: dict[Any, _Known | Rejection | None],
+    collected: frozenset[Node],
+) -> list[Site]:
+    """The recurrences among the places that were made of one, and the sums of their rows."""
+    sites: list[Site] = []
+    left = list(made)
+    for node in made:
+        search = _Search(graph, known, Place(node, (node,), True), claimed, seen, collected)
+        site = search.result()
+        if not isinstance(site, Site):
+            continue
+        sites.append(site)
+        left.remove(node)
+        for other in left if search.found is not None else ():
+            assert search.found is not None
+            sums = sums_of(graph, known, search.found, other)
+            of_sums = None if sums is None else site_of_recurrence(graph, other, sums)
+            if isinstance(of_sums, Site):
+                sites.append(of_sums)
+                left.remove(other)
+                break
+    return sites
+
+
+def _stays(site: Site | Missed) -> set[Node]:
+    """The nodes that must stay for what was found already."""
+    if isinstance(site, Missed):
+        return {site.anchor}
+    return {site.anchor, site.output} | ({site.final.node} if site.final is not None else set())
+
+
+def _with(site: Site | Missed, old: Node, new: Node) -> Site | Missed:
+    """A site that reads `new` in the place of `old`."""
+    if isinstance(site, Missed):
+        return site
+    q, k, v = (replace(x, node=new) if x.node is old else x for x in (site.q, site.k, site.v))
+    captured, extra = (tuple(new if n is old else n for n in nodes) for nodes in (site.captured, site.extra))
+    return replace(site, q=q, k=k, v=v, captured=captured, extra=extra)
 
 
 def in_order(graph: GraphModule, nodes: Iterable[Node]) -> list[Node]:
@@ -136,7 +197,8 @@ class _Search:
         guess = known.found.recurrence.with_reads(reads)
         output = nodes[known.output]
         final = Check(self.graph, self.known, frozenset()).final(guess, output, known.found.frame)
-        return self._site(Found(guess, output, known.found.frame, final))
+        self.found = Found(guess, output, known.found.frame, final)
+        return self._site(self.found)
 
     def _searched(
         self, region: Region, outputs: list[Node], ways: Sequence[frozenset[Node]]

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES, ZeroDivisorError
-from attncomp.passes.field_shapes import Label
+from attncomp.passes.field_atoms import Label
 from attncomp.passes.field_values import FieldValues, Key, Region, trials
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, name_of, value_of

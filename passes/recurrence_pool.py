@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from attncomp.passes.field import EXPONENTS, exponential
-from attncomp.passes.field_shapes import Label
+from attncomp.passes.field_atoms import Label
 from attncomp.passes.field_values import FieldValues, Region
 from attncomp.passes.nodes import argument, arguments, name_of, value_of
 from attncomp.passes.recurrences import Candidate, Dims, Pool, Read

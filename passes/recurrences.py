@@ -129,7 +129,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows (n, t, e), and the last state (n, d, e)."""
     f = VALUES
-    n, length = max(x.shape[0] for x in (q, k, v)), v.shape[1]
+    n, length = max(x.shape[0] for x in (q, k, v)), max(x.shape[1] for x in (q, k, v))
     state = torch.zeros(n, k.shape[2], v.shape[2], dtype=torch.int64) if initial is None else initial
     q = f.multiply(q, torch.tensor(scale))
     rows = []

@@ -20,7 +20,7 @@ from attncomp.passes.nodes import argument, arguments, dimension, name_of, value
 _STEP = 1
 _MOST = 64
 
-_POINTWISE = FUNCTIONS | {
+POINTWISE = FUNCTIONS | {
     "add",
     "sub",
     "rsub",
@@ -33,7 +33,7 @@ _POINTWISE = FUNCTIONS | {
     "lerp",
     "where",
 }
-_REDUCTIONS = frozenset(("sum", "mean", "linalg_vector_norm"))
+REDUCTIONS = frozenset(("sum", "mean", "linalg_vector_norm"))
 
 
 def whole_steps(graph: GraphModule, nodes: Sequence[Node]) -> list[Node]:
@@ -103,15 +103,15 @@ class _Maker:
         rank = value.dim()
         if name == "unsqueeze":
             args[1] = dimension(int(args[1]), rank) - rank
-        elif name in _REDUCTIONS:
+        elif name in REDUCTIONS:
             at = 2 if name == "linalg_vector_norm" else 1
             dims, of = argument(node, at, "dim", None), value_of(args[0]).dim()
             if not isinstance(dims, list | tuple) or not dims or len(args) <= at:
                 return
             args[at] = [dimension(int(d), of) - of for d in dims]
-        elif name not in _POINTWISE and name != "expand_as":
+        elif name not in POINTWISE and name != "expand_as":
             return
-        if name in _POINTWISE or name == "expand_as":
+        if name in POINTWISE or name == "expand_as":
             args = [self._aligned(a, rank) if isinstance(a, Node) and a in self.whole else a for a in args]
         else:
             args = [self.whole.get(a, a) if isinstance(a, Node) else a for a in args]

@@ -199,12 +199,6 @@ def gate_of_state(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tens
     return s, read(q, s)
 
 
-def absolute(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    s = g[..., None, None] * s + outer(k, v)
-    row = read(q, s)
-    return s, row / row.sum(-1, keepdim=True).abs().clamp(min=1.0)
-
-
 def squared(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = s + outer(k, v)
     return s, read(q, s * s)
@@ -252,7 +246,6 @@ KEPT: dict[str, Step] = {
     "values that are mixed": value_mixed,
     "a nonlinearity on the state": nonlinear,
     "a gate that depends on the state": gate_of_state,
-    "a normaliser with abs and max": absolute,
     "a square of the state": squared,
     "a state that is cut off": cut_off,
     "a state without a gradient": without_gradient,

@@ -1,0 +1,127 @@
+"""Loops that do something with each row before it is collected: moved behind the loop if every step does the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import attncomp
+from tests.passes.test_recurrence_order import B, D, E, H, T, tensors, verdicts
+
+Row = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""What a loop makes of a row: (row, sum of its weights, v of the step, bonus, step)."""
+
+
+def loop(row: Row, sums: float = 1.0, joined: bool = False) -> Callable[..., Tensor]:
+    """sums: what the decay of the sums is multiplied with."""
+
+    def attend(**x: Tensor) -> Tensor:
+        q, k, v, g = (x[n] for n in "qkvg")
+        q, k, decay = q.exp(), k.exp(), torch.sigmoid(g)
+        state, total = q.new_zeros(B, H, D, E), q.new_zeros(B, H, D)
+        rows = []
+        for t in range(T):
+            state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            total = sums * decay[:, :, t] * total + k[:, :, t]
+            out = (q[:, :, t, :, None] * state).sum(-2)
+            made = row(out, (q[:, :, t] * total).sum(-1, keepdim=True), v[:, :, t], x["bonus"], t)
+            rows.append(made[:, :, None] if joined else made)
+        return torch.cat(rows, 2) if joined else torch.stack(rows, 2)
+
+    return attend
+
+
+FOUND: dict[str, tuple[int, Row]] = {
+    "divided by its sum": (2, lambda o, z, v, u, t: o / (z + 1e-6)),
+    "divided by a sum without a width": (2, lambda o, z, v, u, t: o / z.squeeze(-1)[..., None]),
+    "mLSTM's divisor": (2, lambda o, z, v, u, t: o / torch.maximum(z.abs(), torch.ones_like(z))),
+    "divided by what it sums up to": (1, lambda o, z, v, u, t: o / o.sum(-1, keepdim=True).abs().clamp(min=1.0)),
+    "gated": (1, lambda o, z, v, u, t: o * torch.nn.functional.silu(v)),
+    "normalised": (1, lambda o, z, v, u, t: o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * u),
+    "added to the values": (1, lambda o, z, v, u, t: v + 0.5 * o.tanh()),
+}
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["stack", "cat"])
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_done_with_each_row_is_done_with_all(name: str, joined: bool) -> None:
+    sites, row = FOUND[name]
+    assert verdicts(loop(row, joined=joined), tensors((E,))) == ["rewritten"] * sites
+
+
+def test_sums_of_another_decay_stay_a_loop() -> None:
+    """The rows are a recurrence; what they are divided by is one that nothing knows of."""
+    row = FOUND["divided by its sum"][1]
+    assert verdicts(loop(row, sums=0.5), tensors((E,))) == ["rewritten"]
+
+
+KEPT: dict[str, Row] = {
+    "one step does not divide": lambda o, z, v, u, t: o if t == T - 2 else o / (z + 1e-6),
+    "a number that changes": lambda o, z, v, u, t: o * (0.5 if t < 3 else 0.25) / (z + 1e-6),
+    "steps that differ in what they read": lambda o, z, v, u, t: (o if t % 2 else o.flip(-1)) / (z + 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_steps_that_differ_are_kept(name: str) -> None:
+    assert "rewritten" not in verdicts(loop(KEPT[name]), tensors((E,)))
+
+
+def test_a_row_that_the_next_step_reads_is_no_row_of_a_recurrence() -> None:
+    def attend(**x: Tensor) -> Tensor:
+        q, k, v, g = (x[n] for n in "qkvg")
+        state, last = q.new_zeros(B, H, D, E), torch.zeros_like(v[:, :, 0])
+        rows = []
+        for t in range(T):
+            state = g[:, :, t, :, None] * state + k[:, :, t, :, None] * (v[:, :, t] + last)[..., None, :]
+            last = (q[:, :, t, :, None] * state).sum(-2).tanh()
+            rows.append(last * 2.0)
+        return torch.stack(rows, 2)
+
+    assert "rewritten" not in verdicts(attend, tensors((E,)))
+
+
+def test_values_of_another_step_are_another_tensor() -> None:
+    """The gate of a row is that of the row before; at the first step, of the first."""
+
+    def attend(**x: Tensor) -> Tensor:
+        q, k, v = (x[n] for n in "qkv")
+        state, rows = q.new_zeros(B, H, D, E), []
+        for t in range(T):
+            state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            rows.append((q[:, :, t, :, None] * state).sum(-2) * v[:, :, max(t - 1, 0)].sigmoid())
+        return torch.stack(rows, 2)
+
+    verdicts(attend, tensors((E,)))
+
+
+def test_layers_that_read_each_other() -> None:
+    row = FOUND["divided by its sum"][1]
+
+    def attend(**x: Tensor) -> Tensor:
+        first = loop(row)(**x)
+        return loop(row)(**{**x, "v": first}) + first
+
+    assert verdicts(attend, tensors((E,))) == ["rewritten"] * 4
+
+
+def test_gradients_that_stop_at_the_sums() -> None:
+    def row(o: Tensor, z: Tensor, v: Tensor, u: Tensor, t: int) -> Tensor:
+        return o / (z.detach() + 1e-6)
+
+    assert "rewritten" in verdicts(loop(row), tensors((E,)))
+    assert attncomp.reports()[-1].fallback is None
+
+
+def test_rows_that_are_dropped_at_random_are_drawn_apart() -> None:
+    def row(o: Tensor, z: Tensor, v: Tensor, u: Tensor, t: int) -> Tensor:
+        return torch.nn.functional.dropout(o * 0 + 1, 0.5) * 1.0
+
+    x = {n: a.detach() for n, a in tensors((E,)).items()}
+    torch._dynamo.reset()
+    found = torch.compile(loop(row), backend="attncomp", options={"executor": "eager"})(**x)
+    assert found.unique().tolist() == [0.0, 2.0]
+    assert not torch.equal(found[:, :, 0], found[:, :, 1])
