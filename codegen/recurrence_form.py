@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
 from attncomp.codegen.linear_form import not_causal, recognise_program, under_causal
+from attncomp.evaluate import Grid, evaluate_tensor
 from attncomp.expr import (
     Const,
     Expr,
@@ -25,6 +28,7 @@ from attncomp.expr import (
     mul,
     op,
     rebuild,
+    sizes_of,
     substitute,
     to_float,
 )
@@ -222,11 +226,9 @@ def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate | None] | Rejection:
     form = recognise_program(spec)
     if isinstance(form, Rejection):
         return form
-    learned = any(t.requires_grad for t in spec.captured)
-    q, k, v = spec.tensors[:3]
-    whole = k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0]
-    if spec.group is not None and whole and not learned:
-        return Rejection("constant-decay", "a decay that is not learned is what chunked_linear computes")
+    kind = spec.normaliser.kind
+    if has_constant_decay(spec) and not (kind == "none" and _never_grows(spec, form.log_decay, form.alternates)):
+        return Rejection("constant-decay", "normalised, or with a decay that may grow: what chunked_linear computes")
     if form.log_decay is None:
         return form.scale, None
     if form.alternates is None:
@@ -235,6 +237,26 @@ def _quadratic(spec: AttentionSpec) -> tuple[Expr, Gate | None] | Rejection:
     if base is None or form.alternates != lt(base, Const(0.0)) or form.log_decay != op("log", op("abs", base)):
         return Rejection("decay-gradient", "the gradient of a power of this base is not implemented")
     return form.scale, Gate(base, False)
+
+
+def has_constant_decay(spec: AttentionSpec) -> bool:
+    """Whether a spec without a transition whose program is that of `linear_form` is all that `chunked_linear` takes."""
+    q, k, v = spec.tensors[:3]
+    whole = k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0]
+    return spec.group is not None and whole and not any(t.requires_grad for t in spec.captured)
+
+
+def _never_grows(spec: AttentionSpec, log_decay: Expr | None, alternates: Expr | None) -> bool:
+    """Whether the decay is known, and at most one for each head: what a chunk multiplies stays finite."""
+    heads = spec.size("h")
+    if log_decay is None:
+        return True
+    if alternates is not None or axes_of(log_decay) - {"h"} or not isinstance(heads, Const):
+        return False
+    if loads_of(log_decay) or sizes_of(log_decay):
+        return False
+    grid = Grid({"h": (0, int(heads.value))}, {}, torch.device("cpu"), dtype=torch.float64)
+    return bool((evaluate_tensor(log_decay, grid) <= 0).all())
 
 
 def _difference(e: Expr) -> Load | None:

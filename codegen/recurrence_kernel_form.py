@@ -17,10 +17,10 @@ ZERO_F = Const(0.0)
 class KernelForm:
     """A recurrence in the kernels' terms.
 
-    gate: the natural logarithm of the gate, over (b, h, j) for ``token`` and (b, h, j, d) for ``channel``. cumulated:
-        its sums along j instead. beta: over (b, h, j), of ``erase = beta k``, ``write = gate k``; None without the
-        delta rule. weight: over (b, h, j), what multiplies the values: nothing, beta itself, or numbers of
-        their own.
+    gate: the natural logarithm of the gate, over (b, h, j) for ``token`` and (b, h, j, d) for ``channel``, or the gate
+        itself for `factor`. cumulated: its sums along j instead. beta: over (b, h, j), of ``erase = beta k``,
+        ``write = gate k``; None without the delta rule. weight: over (b, h, j), what multiplies the values: nothing,
+        beta itself, or numbers of their own.
     """
 
     per: Literal["none", "token", "channel"]
@@ -31,14 +31,15 @@ class KernelForm:
     weight: Expr | None
     scale: Expr
     group: int
+    factor: bool = False
 
     @property
     def delta(self) -> bool:
         return self.beta is not None
 
 
-def kernel_form(spec: AttentionSpec, form: RecurrenceForm) -> KernelForm | str:
-    """The form in the kernels' terms, or why they do not have it."""
+def kernel_form(spec: AttentionSpec, form: RecurrenceForm, *, steps: bool = False) -> KernelForm | str:
+    """The form in the kernels' terms, or why they do not have it; steps: for the kernel that goes row by row."""
     if form.normaliser != "none":
         return "rows are divided by their sum"
     learned = {t.name for t in spec.captured if t.requires_grad}
@@ -59,11 +60,14 @@ def kernel_form(spec: AttentionSpec, form: RecurrenceForm) -> KernelForm | str:
         return "keys are broadcast along the heads"
     gate = form.gate
     log: Expr | None = None
+    factor = False
     if gate is not None:
         log = gate.expr if gate.log else logarithm(gate.expr)
-        if log is None:
+        factor = log is None
+        if factor and not steps:
             return "the gates are factors, whose sign only the run knows"
-        if gate.per == "channel" and any(group_of(x) > 1 for x in loads_of(log)):
+        log = gate.expr if factor else log
+        if gate.per == "channel" and log is not None and any(group_of(x) > 1 for x in loads_of(log)):
             return "gates are grouped"
     weight = _beside(form.value, "v")
     if weight is None:
@@ -83,7 +87,8 @@ def kernel_form(spec: AttentionSpec, form: RecurrenceForm) -> KernelForm | str:
     per: Literal["none", "token", "channel"] = (
         "none" if gate is None else "channel" if gate.per == "channel" else "token"
     )
-    return KernelForm(per, log, gate is not None and gate.cumulated, beta, weighted, weight, form.scale, group)
+    cumulated = gate is not None and gate.cumulated
+    return KernelForm(per, log, cumulated, beta, weighted, weight, form.scale, group, factor)
 
 
 def logarithm(e: Expr) -> Expr | None:

@@ -13,11 +13,20 @@ from attncomp.plan import Plan
 TEMPLATE = "recurrence.py.jinja"
 SCAN_BLOCK = 1024
 SCAN_COLUMNS = 32
+STEP_COLUMNS = 32
+"""Columns of the state of a program that goes through few rows."""
+
+BASE = 8
+"""Rows of the blocks of a triangular system that are solved by substitution."""
+
 SMALLEST_LOG = -200.0
 """The base-2 logarithm that stands for a gate of zero: its power is zero in float32."""
 
 WIDEST_LOG = 100.0
 """A chunk's gates, from its middle, within 2^±this: then each factor of a pair's gates is in the range of the type."""
+
+DEEPEST_LOG = 120.0
+"""And their middle this near to 1, so that the gates in front of it are a factor that does not underflow."""
 
 WORKING = {"bfloat16": "tl.bfloat16", "float16": "tl.float32", "float32": "tl.float32"}
 
@@ -27,6 +36,7 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     "sum_gates": ("gate", "gates"),
     "systems": ("k", "gates", "beta", "system"),
     "channels": ("q", "k", "gate", "beta", "qin", "kout", "kin", "lasts", "pairs", "lowers", "system"),
+    "steps": ("q", "k", "v", "out", "gate", "beta", "weight", "scale", "carried", "final"),
     "summary": ("k", "v", *_ROWS, "sums", "totals"),
     "scan": ("sums", "totals", "carried"),
     "output": ("q", "k", "v", "out", *_ROWS, "scale", "carried", "final"),
@@ -34,16 +44,22 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     "back_summary": ("q", "k", "grad", *_ROWS, "scale", "back_sums"),
     "back_scan": ("sums", "totals", "back_sums", "carried"),
     "back_states": ("q", "k", "grad", *_ROWS, "scale", "carried", "behind", "first_state"),
+    "gradients": (
+        *("q", "k", "v", "grad", "gates", "beta", "system", "weight", "scale", "before", "behind"),
+        *("dv", "dbeta", "dweight", "dq", "dk", "dgate"),
+    ),
     "value_gradients": (
         *("q", "k", "v", "grad", *_ROWS, "lowers", "scale", "before", "behind", "dv", "dbeta", "dweight"),
         *("dpairs", "dlowers", "made", "erased"),
     ),
     "key_gradients": (
         *("q", "k", "v", "grad", "gate", "gates", "lasts", "weight", "scale", "before", "behind", "made", "erased"),
-        *("dpairs", "dlowers", "dq", "dk", "dgate"),
+        *("dpairs", "dlowers", "narrow", "dq", "dk", "dgate"),
     ),
 }
+_TENSORS["wide_key_gradients"] = _TENSORS["key_gradients"]
 _NUMBERS: dict[str, tuple[str, ...]] = {
+    "steps": ("starts", "final_wanted"),
     "summary": ("segments", "segment_chunks", "swept", "starts"),
     "scan": ("segments", "starts"),
     "output": ("segments", "segment_chunks", "swept", "starts", "final_wanted"),
@@ -79,6 +95,10 @@ class Shape:
     gradient_channels: int
     dtype: str
     training: bool
+    merged: bool
+    """Whether one kernel makes all gradients of a chunk."""
+    steps: bool
+    """Whether rows are taken one after the other, by one kernel without products of matrices."""
 
     @staticmethod
     def of(plan: Plan, form: KernelForm) -> Shape:
@@ -97,6 +117,8 @@ class Shape:
             of_gradients,
             plan.spec.dtype,
             plan.spec.training,
+            bool(params["merged"]) and form.per != "channel",
+            bool(params.get("steps")),
         )
 
     @property
@@ -129,7 +151,7 @@ class Shape:
             "behind",
             "first_state",
         }
-        found |= {"dq", "dk", "dv", "dpairs"}
+        found |= {"dq", "dk", "dv", "dpairs", "narrow"}
         if f.per != "none":
             found |= {"gate", "dgate"}
             found |= {"totals"} if not f.delta else set()
@@ -151,21 +173,25 @@ class Shape:
     def kernels(self) -> tuple[str, ...]:
         """The names of all kernels, in the order in which a training step may call them."""
         f = self.form
+        if self.steps:
+            return ("steps",)
         found = {"token": ["sum_gates"], "channel": ["channels"], "none": []}[f.per]
         if f.delta and f.per != "channel":
             found = [*found, "systems"]
         found = [*found, "summary", "scan", "output"]
         if self.training:
-            found += ["states", "back_summary", "back_scan", "back_states", "value_gradients", "key_gradients"]
+            found += ["states", "back_summary", "back_scan", "back_states"]
+            found += ["gradients"] if self.merged else ["value_gradients", "key_gradients"]
+            found += ["wide_key_gradients"] if f.per == "channel" else []
         return tuple(found)
 
     def tensors(self, kernel: str) -> tuple[str, ...]:
         f = self.form
         hidden: set[str] = set()
-        if f.per == "channel" and kernel not in ("channels", "key_gradients"):
+        if f.per == "channel" and kernel not in ("channels", "key_gradients", "wide_key_gradients", "steps"):
             hidden |= {"q", "k"}
-        if kernel == "key_gradients":
-            hidden |= ({"v"} if f.delta else set()) | ({"gate"} if f.per == "token" else set())
+        if kernel in ("key_gradients", "wide_key_gradients"):
+            hidden |= ({"v"} if f.delta else set()) | (set() if f.per == "channel" else {"gate", "lasts", "narrow"})
         if kernel == "back_summary" and not f.delta:
             hidden |= {"pairs", "kout"}
         return tuple(t for t in _TENSORS[kernel] if t in self.present and t not in hidden)
@@ -186,6 +212,8 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         title=f"recurrence, gates: {form.per}, delta rule: {form.delta}, {shape.dtype}",
         signatures={k: ", ".join((*shape.tensors(k), *shape.numbers(k))) for k in shape.kernels},
         gate=form.per,
+        factor=form.factor,
+        sy=min(STEP_COLUMNS, shape.be),
         cumulated=form.cumulated,
         delta=form.delta,
         weighted=form.weighted,
@@ -201,7 +229,8 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         bd=shape.channels,
         gd=shape.gradient_channels,
         chunk=shape.chunk,
-        doublings=tuple(2**n for n in range(4, shape.chunk.bit_length() - 1)),
+        base=BASE,
+        doublings=tuple(BASE << n for n in range((shape.chunk // BASE).bit_length() - 1)),
         scan_by=min(SCAN_COLUMNS, shape.be),
         y_blocks=shape.y_blocks,
         scan_block=SCAN_BLOCK,
@@ -209,6 +238,8 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         log2e=LOG2E,
         smallest_log=SMALLEST_LOG,
         widest_log=WIDEST_LOG,
+        deepest_log=DEEPEST_LOG,
+        sums_by_products=shape.dtype == "bfloat16",
         working=WORKING[shape.dtype],
         precision=precision,
         # float16 has too little range for a sum over all keys; tf32 is as precise and has float32's range.

@@ -3,96 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from attncomp.codegen import chunked_linear_triton
-from attncomp.codegen.blocks import Site
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.launch import Launch, on_device
-from attncomp.codegen.recorded_launches import Recipe, Record, kind_of
+from attncomp.codegen.recorded_launches import Recipe, kind_of
+from attncomp.codegen.recurrence_call import Call, computed
 from attncomp.codegen.recurrence_form import RecurrenceForm, group_of
 from attncomp.codegen.recurrence_kernel_form import KernelForm
 from attncomp.codegen.recurrence_operands import Values, give, read
-from attncomp.codegen.recurrence_source import SCAN_BLOCK, SCAN_COLUMNS, STRIDED, Shape, recurrence_source
-from attncomp.expr import Axis, Expr, Load, loads_of
+from attncomp.codegen.recurrence_source import SCAN_BLOCK, SCAN_COLUMNS, STEP_COLUMNS, STRIDED, Shape, recurrence_source
+from attncomp.expr import Expr, Load, loads_of
 from attncomp.plan import Plan
 from attncomp.variant import Inputs
 
 _RECIPES = 64
-"""Layouts of tensors whose launches are kept."""
+"""Layouts of tensors whose launches are kept, and constants."""
 
-_WORKING = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
-
-
-class Call:
-    """One call's tensors: what it was given, as the kernels read it, and room for what they hand on."""
-
-    def __init__(self, launcher: Launcher, inputs: Inputs) -> None:
-        plan, shape = launcher.plan, launcher.shape
-        q, k, v = inputs[:3]
-        self.site = Site.of(plan, inputs)
-        self.captured = inputs.captured
-        self.batch, self.heads, self.length, _ = q.shape
-        self.chunks = -(-self.length // shape.chunk)
-        self.device = q.device
-        self.working = _WORKING[q.dtype]
-        form = launcher.form
-        self.record = Record()
-        self.named: dict[str, torch.Tensor] = {}
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            self.give(name, x)
-        for name, e, last in (("gate", form.gate, form.per), ("beta", form.beta, ""), ("weight", form.weight, "")):
-            if name in shape.present and e is not None:
-                self.give(name, self.over_rows(e, last == "channel"))
-        if "scale" in shape.present:
-            value = Values.of(self.site, form.scale, self.ranges(False, rows=1)).tensor()
-            self.give("scale", value[..., 0, 0].to(torch.float32).contiguous())
-            self.record.complete = False
-        self.segments, self.each = 1, self.chunks
-
-    def ranges(self, channels: bool, rows: int = 0) -> dict[str, tuple[int, int]]:
-        d = self.named["q"].shape[3] if channels else 1
-        return {"b": (0, self.batch), "h": (0, self.heads), "j": (0, rows or self.length), "d": (0, d)}
-
-    def over_rows(self, e: Expr, channels: bool) -> torch.Tensor:
-        """(B, H, T, D or 1) of any strides; a captured tensor itself where it is read plainly."""
-        ranges = self.ranges(channels)
-        found = _plain(e, self.site.tensors) if isinstance(e, Load) else None
-        if found is None:
-            found = Values.of(self.site, e, ranges).tensor("d")
-            self.record.complete = False  # computed by torch at each call
-        return found.expand([stop for _, stop in ranges.values()])
-
-    def give(self, name: str, x: torch.Tensor) -> None:
-        """A tensor of the call, or one that outlives it."""
-        self.named[name] = x
-        self.record.given(name)
-
-    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Memory between the kernels."""
-        found = self.named[name] = torch.empty(shape, dtype=dtype, device=self.device)
-        self.record.room(name, found)
-        return found
-
-
-def _plain(load: Load, tensors: Any) -> torch.Tensor | None:
-    """The tensor itself as (b, h, j, d), dimensions of size 1 where `load` does not move along an axis."""
-    if group_of(load) > 1:
-        return None
-    view = tensors[load.tensor]
-    for dim in reversed(range(len(load.index))):
-        if not isinstance(load.index[dim], Axis):
-            view = view.select(dim, 0)
-    names = [a.name for a in load.index if isinstance(a, Axis)]
-    view = view.permute([names.index(a) for a in "bhjd" if a in names])
-    for dim, axis in enumerate("bhjd"):
-        if axis not in names:
-            view = view.unsqueeze(dim)
-    found: torch.Tensor = view
-    return found
+Key = tuple[object, ...]
 
 
 class Launcher:
@@ -108,13 +39,13 @@ class Launcher:
         self._launches: dict[str, Launch] = {}
         self._recipes: dict[tuple[object, ...], Recipe] = {}
         names = [t.name for t in plan.spec.captured]
-        parts = {"gate": form.gate, "beta": form.beta, "weight": form.weight}
-        # The captured tensors that kernels read as they are; the others' rows are computed at each call.
-        self._plain = {
-            name: names.index(e.tensor)
-            for name, e in parts.items()
-            if name in self.shape.present and isinstance(e, Load) and group_of(e) == 1
-        }
+        parts = {"gate": form.gate, "beta": form.beta, "weight": form.weight, "scale": form.scale}
+        parts = {name: e for name, e in parts.items() if name in self.shape.present}
+        # The captured tensors that kernels read as they are; torch computes the others' numbers in front of them.
+        self._plain = {n: e for n, e in parts.items() if n != "scale" and isinstance(e, Load) and group_of(e) == 1}
+        self._index = {name: names.index(load.tensor) for name, load in self._plain.items()}
+        self._computed = {name: e for name, e in parts.items() if name not in self._plain and e is not None}
+        self._constants: dict[Key, tuple[torch.Tensor, torch.Size]] = {}
 
         # The initial state's tensor, where it has all batches and heads.
         initial = whole.initial
@@ -131,37 +62,68 @@ class Launcher:
         sizes = (batch * heads if self.whole.final else 1, shape.bx, shape.be)
         made["final"] = torch.empty(sizes, dtype=torch.float32, device=q.device)
         with on_device(q.device):
-            if not self._again(inputs, made, ("forward",)):
-                self._forward(inputs, made)
+            numbers = self._numbers(inputs)
+            if not self._again(inputs, numbers, made, ("forward",)):
+                self._forward(inputs, numbers, made)
         if not self.whole.final:
             return made["out"], None
         return made["out"], made["final"][:, : shape.d, : shape.e].reshape(batch, heads, shape.d, shape.e)
 
-    def _again(self, inputs: Inputs, made: dict[str, torch.Tensor], key: tuple[object, ...]) -> bool:
+    def _numbers(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """What no captured tensor holds as it lies."""
+        return {name: self._number(inputs, name, e) for name, e in self._computed.items()}
+
+    def _number(self, inputs: Inputs, name: str, e: Expr) -> torch.Tensor:
+        """Computed by torch; where no tensor is read, once, and copied from the host then.
+
+        No memory on the device is kept: it might be that of a graph that is being recorded.
+        """
+        key = (name, inputs.q.device, inputs.q.shape[:3], *inputs.sizes)
+        kept = self._constants.get(key)
+        if kept is not None:
+            return kept[0].to(inputs.q.device, non_blocking=True).expand(kept[1])
+        channels = name == "gate" and self.form.per == "channel"
+        found = computed(self.plan, inputs, e, channels=channels, over_heads=name == "scale")
+        if loads_of(e) or not found.is_cuda or not found.numel() or torch.cuda.is_current_stream_capturing():
+            return found
+        if len(self._constants) >= _RECIPES:
+            self._constants.clear()
+        small = found
+        for dim, stride in enumerate(found.stride()):
+            small = small.narrow(dim, 0, 1) if stride == 0 else small
+        self._constants[key] = (small.cpu().pin_memory(), found.shape)
+        return found
+
+    def _again(
+        self, inputs: Inputs, numbers: Mapping[str, torch.Tensor], made: dict[str, torch.Tensor], key: Key
+    ) -> bool:
         """Repeat what a call of the same kind did."""
-        given = self._given(inputs)
+        given = self._given(inputs, numbers)
         recipe = self._recipes.get((*key, *kind_of(given.values())))
         return recipe is not None and recipe.run({**given, **made}, inputs.q.device)
 
-    def _given(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+    def _given(self, inputs: Inputs, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of a call that its kernels read as they are."""
-        given = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
-        for name, index in self._plain.items():
+        given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **numbers}
+        for name, index in self._index.items():
             given[name] = inputs.captured[index]
         if self._initial is not None:
             given["carried"] = inputs.captured[self._initial]
         return given
 
-    def _keep(self, call: Call, inputs: Inputs, key: tuple[object, ...]) -> None:
+    def _keep(self, call: Call, inputs: Inputs, numbers: Mapping[str, torch.Tensor], key: Key) -> None:
         if call.record.complete:
             if len(self._recipes) >= _RECIPES:
                 self._recipes.clear()
-            kind = (*key, *kind_of(self._given(inputs).values()))
+            kind = (*key, *kind_of(self._given(inputs, numbers).values()))
             self._recipes[kind] = Recipe(call.record)
 
-    def _forward(self, inputs: Inputs, made: dict[str, torch.Tensor]) -> None:
+    def _call(self, inputs: Inputs, numbers: Mapping[str, torch.Tensor]) -> Call:
+        return Call(self.plan, self.shape, inputs, self._plain, numbers)
+
+    def _forward(self, inputs: Inputs, numbers: Mapping[str, torch.Tensor], made: dict[str, torch.Tensor]) -> None:
         shape = self.shape
-        call = Call(self, inputs)
+        call = self._call(inputs, numbers)
         for name, x in made.items():
             call.give(name, x)
         rows = call.batch * call.heads
@@ -169,12 +131,18 @@ class Launcher:
             if self.whole.final:
                 _place(made["final"], self._start(call))
             return
+        if shape.steps:
+            starts, grid = self._carry(call), rows * (shape.be // min(STEP_COLUMNS, shape.be))
+            self._run("steps", call, grid, starts=starts, final_wanted=int(self.whole.final))
+            self._keep(call, inputs, numbers, ("forward",))
+            return
         self._prepare(call)
-        self._sum_up(call, shape.y_blocks)
+        self._cut(call, shape.y_blocks)
+        self._sum_up(call)
         starts = self._carry(call)
         grid = rows * shape.y_blocks * call.segments
         self._run("output", call, grid, swept=call.segments, starts=starts, final_wanted=int(self.whole.final))
-        self._keep(call, inputs, ("forward",))
+        self._keep(call, inputs, numbers, ("forward",))
 
     def _prepare(self, call: Call) -> None:
         """What chunks need that does not depend on the state."""
@@ -195,12 +163,16 @@ class Launcher:
         elif form.delta:
             self._run("systems", call, total)
 
-    def _sum_up(self, call: Call, y_blocks: int, *, all_of_them: bool = False) -> None:
-        """Cut the sequence and sum up the segments; all of them, or those that another one follows."""
-        shape, rows = self.shape, call.batch * call.heads
+    def _cut(self, call: Call, blocks: int) -> None:
+        """Cut the sequence. blocks: programs for each head and segment."""
         processors = chunked_linear_triton.processors(call.device)
         at_once = int(self.plan.params["programs"])
-        call.segments, call.each = chunked_linear_triton.cut(call.chunks, rows * y_blocks, processors, at_once)
+        programs = call.batch * call.heads * blocks
+        call.segments, call.each = chunked_linear_triton.cut(call.chunks, programs, processors, at_once)
+
+    def _sum_up(self, call: Call, *, all_of_them: bool = False) -> None:
+        """Sum up the segments; all of them, or those that another one follows."""
+        shape, rows = self.shape, call.batch * call.heads
         if call.segments == 1:
             return
         blocks = shape.y_blocks + (shape.bx // shape.block if self.form.delta else 0)
@@ -271,8 +243,9 @@ class Launcher:
         )
         with on_device(q.device):
             key = ("backward", *kind_of((grad,)))
-            if grad_final is not None or not self._again(inputs, made, key):
-                self._backward(inputs, made, grad_final, key)
+            numbers = self._numbers(inputs)
+            if grad_final is not None or not self._again(inputs, numbers, made, key):
+                self._backward(inputs, numbers, made, grad_final, key)
         dq, dk, dv = (made[n] for n in ("dq", "dk", "dv"))
         grads = {"q": dq, "k": dk, "v": dv}
         if grouped:
@@ -282,7 +255,7 @@ class Launcher:
         self._straight(made, grads, learned, inputs)
         if all(name in grads for name in learned):
             return [grads[n].to(x.dtype) for n, x in self._named(inputs, ("q", "k", "v", *learned))]
-        call = Call(self, inputs)
+        call = self._call(inputs, numbers)
         call.named |= made
         self._captured(call, grads, learned)
         if self.whole.initial is not None and self.whole.initial.tensor in learned:
@@ -293,10 +266,15 @@ class Launcher:
         return [grads[n].to(call.site.tensors[n].dtype) for n in ("q", "k", "v", *learned)]
 
     def _backward(
-        self, inputs: Inputs, made: dict[str, torch.Tensor], grad_final: torch.Tensor | None, key: tuple[object, ...]
+        self,
+        inputs: Inputs,
+        numbers: Mapping[str, torch.Tensor],
+        made: dict[str, torch.Tensor],
+        grad_final: torch.Tensor | None,
+        key: Key,
     ) -> None:
-        shape, form = self.shape, self.form
-        call = Call(self, inputs)
+        shape = self.shape
+        call = self._call(inputs, numbers)
         for name, x in made.items():
             call.give(name, x)
         rows, total = call.batch * call.heads, call.batch * call.heads * call.chunks
@@ -308,7 +286,8 @@ class Launcher:
         states = (total, shape.bx, shape.be)
         call.room("before", *states, dtype=call.working)
         self._prepare(call)
-        self._sum_up(call, shape.y_blocks, all_of_them=True)
+        self._cut(call, shape.y_blocks)
+        self._sum_up(call, all_of_them=True)
         starts = self._carry(call)
         grid = rows * shape.y_blocks * call.segments
         self._run("states", call, grid, swept=call.segments, starts=starts)
@@ -324,15 +303,29 @@ class Launcher:
             self._scan("back_scan", call, ends)
         learned = int(self.whole.initial is not None)
         self._run("back_states", call, grid, swept=call.segments, starts=ends, starts_learned=learned)
+        self._of_chunks(call, total)
+        if grad_final is None:
+            self._keep(call, inputs, numbers, key)
+
+    def _of_chunks(self, call: Call, total: int) -> None:
+        """The gradients of each chunk's rows, from the states on both of its sides."""
+        shape, form = self.shape, self.form
+        if shape.merged:
+            self._run("gradients", call, total)
+            return
         chunk = shape.chunk
         for name in ("dpairs", *(("dlowers",) if form.delta else ())):
             call.room(name, total, chunk, chunk, dtype=call.working)
         for name in ("made", "erased") if form.delta else ():
             call.room(name, total, chunk, shape.be, dtype=call.working)
         self._run("value_gradients", call, total)
-        self._run("key_gradients", call, total * (shape.bx // shape.gradient_channels if form.per == "channel" else 1))
-        if grad_final is None:
-            self._keep(call, inputs, key)
+        if form.per != "channel":
+            self._run("key_gradients", call, total)
+            return
+        programs = total * (shape.bx // shape.gradient_channels)
+        call.room("narrow", programs)
+        self._run("key_gradients", call, programs)
+        self._run("wide_key_gradients", call, programs)
 
     def _named(self, inputs: Inputs, names: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
         whole = dict(zip((t.name for t in self.plan.spec.tensors), (*inputs[:3], *inputs.captured), strict=True))

@@ -14,7 +14,7 @@ import torch
 from attncomp.codegen import recurrence_aten as aten
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.ops import attention, attention_and_state, state_dtype
-from attncomp.codegen.recurrence_form import RecurrenceForm, recognise, recognise_form
+from attncomp.codegen.recurrence_form import RecurrenceForm, has_constant_decay, recognise, recognise_form
 from attncomp.codegen.recurrence_kernel_form import KernelForm, kernel_form
 from attncomp.cost import Efficiency, Work
 from attncomp.derivative import derivative
@@ -37,25 +37,39 @@ ATEN_LAUNCHES = {"forward": 24, "backward": 90}
 ATEN_EFFICIENCY = {"cpu": Efficiency(compute=0.2, bandwidth=0.5), "cuda": Efficiency(compute=0.1, bandwidth=0.4)}
 
 
-WIDEST = 128
+WIDEST = {"chunks": 128, "steps": 256}
 SHARED_FOR_LARGE = 200 * 1024
-OPTIONS: dict[str, tuple[int, int]] = {
+OPTIONS: dict[str, tuple[int, ...]] = {
     "sweep": (4, 2),
     "systems": (4, 1),
     "channels": (4, 1),
+    "gradients": (4, 1),
     "value_gradients": (4, 1),
     "key_gradients": (4, 1),
+    "wide_key_gradients": (4, 1),
     "scan": (4, 1),
     "back_scan": (4, 1),
+    "steps": (4, 1),
 }
 """num_warps and num_stages of the kernels; ``sweep`` is for all that are not named."""
 
-# Fitted to forwards on an H100 (torch 2.11, Triton 3.6): bfloat16, 16 heads of 128 by 65536 took 0.71 ms with scalar
-# gates and 1.69 with the delta rule beside them. float32: an estimate.
+# Where there is room for it, seen faster on an H100: more loads on their way.
+DEEPER: dict[str, dict[str, tuple[int, ...]]] = {
+    "delta": {"summary": (4, 3)},
+    "channel": {"summary": (4, 3), "back_summary": (4, 3), "states": (4, 3), "back_states": (4, 3)},
+    "other": {"summary": (4, 3), "back_summary": (4, 3), "gradients": (4, 2)},
+}
+
+# Fitted to an H100 (torch 2.11, Triton 3.6): bfloat16, 16 heads of 128 by 65536 took 0.69 ms forward and 2.66 backward
+# with scalar gates, 1.52 and 5.2 with the delta rule beside them. float32: an estimate.
 HALF_EFFICIENCY = Efficiency(compute=0.17, bandwidth=0.7)
 FLOAT_EFFICIENCY = Efficiency(compute=0.06, bandwidth=0.65)
-HOST_LAUNCHES = {"forward": 40, "backward": 120}
+HOST_LAUNCHES = {"forward": 40, "backward": 80, "steps": 16}
 """Host time of one call in the cost model's launches."""
+
+MOST_STEPS = 16
+"""Rows up to which they are taken one after the other. An estimate: a row waits some 2 µs for the one before, and the
+kernels of chunks take as long as 16 of them for a single row."""
 
 
 class ChunkedRecurrence:
@@ -80,9 +94,14 @@ class ChunkedRecurrence:
         if found is not None:
             return found
         why_not = _not_triton(request, form)
+        if few_steps(spec, request.hints) and not _not_triton(request, form, steps=True):
+            tiles = {**tiles_for(spec, request.hardware.shared_memory), "steps": True}
+            return Offer({"backend": "triton", **tiles}, _steps_work(request), "generated Triton, row by row")
         if not why_not:
             tiles = tiles_for(spec, request.hardware.shared_memory)
             return Offer({"backend": "triton", **tiles}, _triton_work(request, form, tiles), "generated Triton")
+        if spec.transition is None and (form.gate is None or form.gate.per == "head") and has_constant_decay(spec):
+            return Rejection("constant-decay", f"chunked_linear has torch operators for a constant decay; {why_not}")
         rows = ATEN_ROWS["none" if form.gate is None else form.gate.per]
         return Offer({"backend": "aten", "chunk": rows}, _aten_work(request, form, rows), f"torch operators: {why_not}")
 
@@ -137,12 +156,17 @@ def _launcher(plan: Plan) -> Launcher:
 
 def _forms(plan: Plan) -> tuple[RecurrenceForm, KernelForm]:
     form = form_of(plan)
-    found = kernel_form(plan.spec, form)
+    found = kernel_form(plan.spec, form, steps=bool(plan.params.get("steps")))
     assert isinstance(found, KernelForm)  # accept has seen to it
     return form, found
 
 
-def _not_triton(request: Request, form: RecurrenceForm) -> str:
+def few_steps(spec: AttentionSpec, hints: Mapping[str, int]) -> bool:
+    """Whether rows are best taken one after the other: a step of decoding, or a few."""
+    return not spec.training and hints["i"] <= MOST_STEPS
+
+
+def _not_triton(request: Request, form: RecurrenceForm, *, steps: bool = False) -> str:
     """Why the generated kernels do not serve this request; empty if they do."""
     spec = request.spec
     if not has_triton():
@@ -153,11 +177,12 @@ def _not_triton(request: Request, form: RecurrenceForm) -> str:
         return "the generated kernels need compute capability 8.0"
     if spec.dtype == "float64":
         return "the generated kernels have no float64"
+    widest = WIDEST["steps" if steps else "chunks"]
     for axis in ("h", "d", "e"):
         size = spec.size(axis)
-        if not isinstance(size, Const) or (axis != "h" and int(size.value) > WIDEST):
-            return f"the generated kernels hold states of fixed width up to {WIDEST}; {axis} is {size}"
-    found = kernel_form(spec, form)
+        if not isinstance(size, Const) or (axis != "h" and int(size.value) > widest):
+            return f"the generated kernels hold states of fixed width up to {widest}; {axis} is {size}"
+    found = kernel_form(spec, form, steps=steps)
     return found if isinstance(found, str) else ""
 
 
@@ -174,7 +199,22 @@ def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
     precision = "ieee" if spec.dtype != "float32" else "tf32x3" if highest else "tf32"
     channels = {"channels": 64, "gradient_channels": 64 if half else 32}
     tiles = {"chunk": chunk, "block_y": block, **channels, "programs": 2}
-    return {**tiles, "precision": precision, "options": OPTIONS}
+    return {
+        **tiles,
+        "precision": precision,
+        "merged": half,
+        "options": {**OPTIONS, **(_deeper(spec) if half and large else {})},
+    }
+
+
+def _deeper(spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
+    form = recognise_form(spec)
+    if isinstance(form, Rejection):
+        return {}
+    channel = form.gate is not None and form.gate.per == "channel"
+    if form.erase is not None:
+        return {} if channel else DEEPER["delta"]
+    return DEEPER["channel" if channel else "other"]
 
 
 def _triton_work(request: Request, form: RecurrenceForm, tiles: Mapping[str, Any]) -> Work:
@@ -198,8 +238,19 @@ def _triton_work(request: Request, form: RecurrenceForm, tiles: Mapping[str, Any
     work = step(flops, traffic, HOST_LAUNCHES["forward"])
     if spec.training:
         states = 4 * d * e / chunk * working  # both states of each chunk, written and read
-        work += step(4 * flops, 2 * traffic + rows * (states + 6 * (d + e) * element), HOST_LAUNCHES["backward"])
+        # The gradients; what two kernels hand on and read twice.
+        more, times = (1.5, 3.2) if tiles["merged"] and not channel else (6, 4)
+        work += step(times * flops, 2 * traffic + rows * (states + more * (d + e) * element), HOST_LAUNCHES["backward"])
     return work
+
+
+def _steps_work(request: Request) -> Work:
+    n, spec = request.hints, request.spec
+    b, h, t, d, e = (n[axis] for axis in ("b", "h", "i", "d", "e"))
+    transition = spec.transition
+    states = 0 if transition is None else (transition.initial is not None) + transition.final
+    traffic = b * h * (t * 3.0 * (d + e) * DTYPE_BYTES[spec.dtype] + states * d * e * 4)
+    return Work(b * h * t * 8.0 * d * e, traffic, HOST_LAUNCHES["steps"] + t // 2, 0.0, 0.1, 0.6, "fp32")
 
 
 def _dtypes(spec: AttentionSpec) -> Rejection | None:

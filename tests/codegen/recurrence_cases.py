@@ -189,6 +189,13 @@ def make_case(name: str, **more: Any) -> Case:
         return Case(
             recurrence_spec(Transition(decay), {"c0": "bhjd" if "channel" in name else "bhj"}, **more), ("wide",)
         )
+    if name in ("retention", "growing retention", "plain"):
+        steps = to_float(op("maximum", sub(I, J), ZERO))
+        each = op("log", sub(Const(1.0), op("exp2", sub(Const(-5.0), to_float(H)))))
+        rate = {"retention": each, "growing retention": op("neg", each)}.get(name)
+        return Case(
+            recurrence_spec(None, {}, program=S if rate is None else mul(S, op("exp", mul(rate, steps))), **more), ()
+        )
     if name == "weighted values, constant decay":
         program = mul(S, op("pow", Const(0.9), to_float(op("maximum", sub(I, J), ZERO))))
         spec = recurrence_spec(None, {"c0": "bhj"}, program=program, **more)

@@ -206,6 +206,9 @@ NEAR_MISSES: dict[str, tuple[Callable[[], AttentionSpec], str]] = {
         ),
         "constant-decay",
     ),
+    "a decay that grows": (lambda: make_case("growing retention", learned=False).spec, "constant-decay"),
+    "a constant decay on a CPU": (lambda: make_case("retention", learned=False).spec, "constant-decay"),
+    "linear attention on a CPU": (lambda: make_case("plain", learned=False).spec, "constant-decay"),
     "a gate computed from the keys": (
         lambda: recurrence_spec(Transition(op("sigmoid", Load("k", (B, H, J, D)))), {}),
         "gate-form",
