@@ -17,7 +17,7 @@ from attncomp.codegen.recurrence_kernel_form import KernelForm
 from attncomp.codegen.recurrence_operands import Values, give, read
 from attncomp.codegen.recurrence_source import SCAN_BLOCK, SCAN_COLUMNS, STEP_COLUMNS, STRIDED, Shape, recurrence_source
 from attncomp.expr import Expr, Load, loads_of
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs
 
 _RECIPES = 64
@@ -58,7 +58,10 @@ class Launcher:
         """(out, last state), as `recurrence_aten.forward`."""
         q, shape = inputs.q, self.shape
         batch, heads, length, _ = q.shape
-        made = {"out": q.new_empty(batch, length, heads, shape.e).transpose(1, 2)}
+        if self.plan.params.get(BY_HEAD):
+            made = {"out": q.new_empty(batch, heads, length, shape.e)}
+        else:
+            made = {"out": q.new_empty(batch, length, heads, shape.e).transpose(1, 2)}
         sizes = (batch * heads if self.whole.final else 1, shape.bx, shape.be)
         made["final"] = torch.empty(sizes, dtype=torch.float32, device=q.device)
         with on_device(q.device):

@@ -19,7 +19,7 @@ from attncomp.codegen.recurrence_kernel_form import KernelForm, kernel_form
 from attncomp.cost import Efficiency, Work
 from attncomp.derivative import derivative
 from attncomp.expr import Const, Expr, loads_of
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.spec import AttentionSpec
 from attncomp.variant import Built, Exactness, Family, Inputs, Offer, Rejection, Request
 
@@ -203,6 +203,7 @@ def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:
         **tiles,
         "precision": precision,
         "merged": half,
+        BY_HEAD: False,
         "options": {**OPTIONS, **(_deeper(spec) if half and large else {})},
     }
 

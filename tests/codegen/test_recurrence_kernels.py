@@ -16,7 +16,7 @@ from attncomp.codegen.recurrence_source import recurrence_source
 from attncomp.codegen.variants.chunked_linear import CHUNKED_LINEAR
 from attncomp.codegen.variants.chunked_recurrence import CHUNKED_RECURRENCE, tiles_for
 from attncomp.cost import predict_ms
-from attncomp.plan import Plan
+from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs, Offer
 from tests.codegen.linear_cases import causal_proof, relative
 from tests.codegen.recurrence_builds import compiled, resources
@@ -123,6 +123,29 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_few_rows_are_right_under_the_interpreter(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(step_by_step, *STEPS[name])
     assert max(found.values()) < 1e-6, found
+
+
+def in_both_orders(name: str, length: int) -> dict[str, float]:
+    """Whether the output has heads before rows where the plan says so, and how much else changes."""
+    case = make_case(name, dtype="float32", batch=2, length=length, width=20, value_width=7, learned=False)
+    plan = plan_of(case.spec)
+    q, k, v, *captured = tensors_of(case).values()
+    usual, by_head = (
+        CHUNKED_RECURRENCE.forward(replace(plan, params={**plan.params, BY_HEAD: x}), Inputs(q, k, v, captured, ()))[0]
+        for x in (False, True)
+    )
+    return {
+        "usual": float(usual.transpose(1, 2).is_contiguous()),
+        "by head": float(by_head.is_contiguous()),
+        "difference": float((usual - by_head).abs().max()),
+    }
+
+
+@pytest.mark.skipif(interprets(), reason="starts its own interpreter")
+@pytest.mark.parametrize("length", [5, 70])
+def test_outputs_with_heads_before_rows(length: int, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(in_both_orders, "gated delta", length)
+    assert found == {"usual": 1.0, "by head": 1.0, "difference": 0.0}
 
 
 def test_few_rows_go_one_after_the_other_only_without_gradients() -> None:
