@@ -137,8 +137,9 @@ class Competitor:
         out = call(**tensors)
         learned = {n: x for n, x in tensors.items() if x.requires_grad}
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        found = torch.autograd.grad(out, list(learned.values()), direction)
-        return {"out": out.detach(), **{f"d{n}": g for n, g in zip(learned, found, strict=True)}}
+        # A library may take for a constant what is learned here; the row then lacks that gradient's error.
+        found = torch.autograd.grad(out, list(learned.values()), direction, allow_unused=True)
+        return {"out": out.detach(), **{f"d{n}": g for n, g in zip(learned, found, strict=True) if g is not None}}
 
     def _measure(self, call: Callable[..., Tensor]) -> Row:
         tensors = self._tensors()
@@ -151,7 +152,7 @@ class Competitor:
             if not self.training:
                 with torch.no_grad():
                     return call(**tensors)
-            return torch.autograd.grad(call(**tensors), learned, direction)
+            return torch.autograd.grad(call(**tensors), learned, direction, allow_unused=True)
 
         result = m.measure(once, self.sizes.device, runs=self.runs)
         if result.failure:
@@ -178,7 +179,8 @@ class Competitor:
             narrow = direction.to(value["out"].dtype)[:, :2].to(out)
             learned = {n: x for n, x in wide.items() if x.requires_grad}
             for n, g in zip(learned, torch.autograd.grad(out, list(learned.values()), narrow), strict=True):
-                errors[f"d{n}"] = m.difference(of_two(n, value[f"d{n}"]), g)
+                if f"d{n}" in value:
+                    errors[f"d{n}"] = m.difference(of_two(n, value[f"d{n}"]), g)
         return errors
 
 
@@ -236,6 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--loops", type=int, default=512, help="steps up to which a loop over time is run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=14, help="processes that compile; 0: this one")
+    parser.add_argument("--wave", type=int, help="jobs that are compiled before they are measured (twice the workers)")
     parser.add_argument("--limit", type=float, default=math.inf, help="begin no wave after so many seconds")
     parser.add_argument("--rows", type=Path, help="append each row to this file, as JSON")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check the script")
@@ -254,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     m.say(m.table(head, []))
     waiting = {(r[0].system, r[0].sizes.n, r[0].training): {c.name for c in r} for r in asked.rows() if r}
     found: dict[tuple[str, int, bool], dict[str, Row]] = {}
-    for job, row in measured(in_waves(asked.rows(), 2 * max(args.workers, 1), args.limit), args.workers):
+    for job, row in measured(in_waves(asked.rows(), args.wave or 2 * max(args.workers, 1), args.limit), args.workers):
         key = (job.system, job.sizes.n, job.training)
         found.setdefault(key, {})[job.name] = row
         if set(found[key]) < waiting[key]:
