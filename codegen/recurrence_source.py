@@ -50,11 +50,11 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     ),
     "value_gradients": (
         *("q", "k", "v", "grad", *_ROWS, "lowers", "scale", "before", "behind", "dv", "dbeta", "dweight"),
-        *("dpairs", "dlowers", "made", "erased"),
+        *("dpairs", "ditself", "dlowers", "made", "erased"),
     ),
     "key_gradients": (
         *("q", "k", "v", "grad", "gate", "gates", "lasts", "weight", "scale", "before", "behind", "made", "erased"),
-        *("dpairs", "dlowers", "narrow", "dq", "dk", "dgate"),
+        *("dpairs", "ditself", "dlowers", "narrow", "dq", "dk", "dgate"),
     ),
 }
 _TENSORS["wide_key_gradients"] = _TENSORS["key_gradients"]
@@ -158,7 +158,7 @@ class Shape:
         if f.per == "token":
             found.add("gates")
         if f.per == "channel":
-            found |= {"lasts", "qin", "kout", "pairs"}
+            found |= {"lasts", "qin", "kout", "pairs", "ditself"}
         if f.delta:
             found |= {"beta", "system", "dbeta", "dlowers", "made", "erased"}
         if f.delta and f.per == "channel":

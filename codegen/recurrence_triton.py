@@ -321,6 +321,8 @@ class Launcher:
             call.room(name, total, chunk, chunk, dtype=call.working)
         for name in ("made", "erased") if form.delta else ():
             call.room(name, total, chunk, shape.be, dtype=call.working)
+        if form.per == "channel":
+            call.room("ditself", total, chunk)
         self._run("value_gradients", call, total)
         if form.per != "channel":
             self._run("key_gradients", call, total)

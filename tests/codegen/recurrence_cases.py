@@ -41,6 +41,10 @@ def _drawn(kind: str, shape: tuple[int, ...], draw: Any) -> Tensor:
         return F.logsigmoid(x + 2)
     if kind == "strong":  # now and then a gate that lets nothing through
         return torch.where(x > 1.2, -70.0 * x, F.logsigmoid(x + 3))
+    if kind == "open":  # gates that forget nothing within a sequence
+        return F.logsigmoid(x + 14)
+    if kind == "shut":  # and such that forget nearly all at each row
+        return F.logsigmoid(x - 9)
     if kind == "off":  # and some that close for good
         return torch.where(x > 1.5, -torch.inf, F.logsigmoid(x + 3))
     if kind == "factor":
@@ -176,7 +180,7 @@ def make_case(name: str, **more: Any) -> Case:
         t = Transition(initial=Load("c0", (B, H, D, E)), final=True)
         return Case(recurrence_spec(t, {"c0": "bhde"}, **more), ("state",))
     if name in ("token", "channel", "factor", "factors", "strong", "strong channel", "off", "off channel",
-                "signed", "signed channel"):  # fmt: skip
+                "open", "open channel", "shut", "shut channel", "signed", "signed channel"):  # fmt: skip
         wide = name == "factors" or "channel" in name
         factor = name.startswith(("factor", "signed"))
         kind = name.split()[0]
