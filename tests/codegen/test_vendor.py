@@ -340,6 +340,25 @@ def half(query: int = 64, key: int = 64, **kwargs: Any) -> AttentionSpec:
     return plain_spec(**{**settings, "query": query, "key": key, **kwargs})
 
 
+MEASURED = (
+    (2, 4096, 128, True, 0.2563), (1, 8192, 128, True, 0.4814), (1, 16384, 128, True, 1.7346),
+    (4, 4096, 64, True, 0.3299), (8, 2048, 64, True, 0.1810),
+    (1, 8192, 80, True, 0.4852), (1, 8192, 96, True, 0.4888), (1, 8192, 192, True, 0.6789),
+    (2, 4096, 128, False, 0.4092), (1, 8192, 96, False, 0.7836), (4, 4096, 64, False, 0.5667),
+)  # fmt: skip
+"""Sequences of 16 heads, tokens, width, causal, and cuDNN's ms on an H100, of benchmarks/dispatch.py."""
+
+
+@pytest.mark.parametrize(("batch", "length", "width", "causal", "measured"), MEASURED)
+def test_predictions_of_cudnn_are_near_measurements(
+    batch: int, length: int, width: int, causal: bool, measured: float
+) -> None:
+    spec = half(length, length, batch=batch, heads=16, width=width, mask=CAUSAL if causal else TRUE)
+    found = VENDOR_CUDNN.accept(request(spec, proof_of(spec, "causal" if causal else "none"), "cuda", H100_SXM))
+    assert isinstance(found, Offer)
+    assert predict_ms(found.work, H100_SXM) == pytest.approx(measured, rel=0.08)
+
+
 def narrow(name: str, *shape: int, dtype: str = "bfloat16") -> TensorInfo:
     return tensor(name, *shape, dtype=dtype)
 
