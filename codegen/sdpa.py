@@ -214,7 +214,7 @@ class SdpaKernel:
             keys = min(n["i"], n["j"])  # by which the longest row of tiles differs from the shortest
             if programs >= request.hardware.sms:
                 pairs += programs * rows * rows / 2 + CAUSAL_TAIL * request.hardware.sms * rows * keys
-            elif not self.splits:  # each has a multiprocessor to itself, and the longest is waited for
+            else:  # each has a multiprocessor to itself, and the longest is waited for
                 pairs += programs * rows * keys / 2
         busy = self._busy(request, programs)
         dtype = spec.tensors[0].dtype
