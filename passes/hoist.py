@@ -24,6 +24,10 @@ from attncomp.passes.whole_steps import POINTWISE, REDUCTIONS
 _DEEP = 24
 """Functions of functions that are followed; more are a chain along the steps."""
 
+_GATES = 12
+_COLUMNS = 64
+"""Tensors that are made, and columns that are looked at, in the search for gates."""
+
 Column = tuple[Node, ...]
 """What a name in the loop is in each step."""
 
@@ -52,16 +56,53 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
         old, new = value_of(place), value_of(out)
         moved = old.shape == new.shape and old.dtype == new.dtype and replace(graph, place, out) is None
     if not moved:
-        _erase(graph, set(mover.made), kept)
+        erase(graph, set(mover.made), kept)
         return None
-    _erase(graph, ancestors(place) | {place} | set(mover.made), kept)
+    erase(graph, ancestors(place) | {place} | set(mover.made), kept)
     (*users,) = out.users
     if len(users) == 1 and name_of(users[0]) == "clone":  # of the same values, in the order of memory of the old place
         out = users[0]
     return Hoisted([n for n in mover.stacks if n.users], out)
 
 
-def _erase(graph: GraphModule, nodes: Set[Node], kept: Set[Node]) -> None:
+def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
+    """Whole tensors for what a loop computes in each step by elementwise functions, also of numbers that it carries on:
+    mLSTM's gates, which are relative to a running maximum. Each has its steps as the first dimension.
+
+    Returned with all nodes that were made for them.
+    """
+    rows = _rows(place)
+    if rows is None:
+        return [], []
+    mover = _Mover(graph, place, max(math.prod(value_of(n).shape) for n in rows))
+    found: dict[Node, None] = {}
+    queue, seen = [rows], {rows}
+    for column in queue:
+        if len(found) >= _GATES or len(seen) > _COLUMNS:
+            break
+        for inner in _arguments_of(column):
+            first = inner[0]
+            if inner in seen or all(n is first for n in inner) or any(name_of(n) != name_of(first) for n in inner):
+                continue
+            seen.add(inner)
+            queue.append(inner)
+            value = value_of(first)
+            small = math.prod(value.shape) <= mover.largest and value.dtype.is_floating_point
+            if name_of(first) in POINTWISE and small:
+                found[mover.whole(inner, 0)] = None
+    return list(found), mover.made
+
+
+def _arguments_of(column: Column) -> list[Column]:
+    """What the steps of a column read, one column for each place of an argument."""
+    lists = [[x for a in n.args for x in (a if isinstance(a, list | tuple) else [a]) if _is_node(x)] for n in column]
+    if len({len(x) for x in lists}) != 1:
+        return []
+    found: list[Column] = list(zip(*lists, strict=True))
+    return [c for c in found if all(isinstance(value_of(n), torch.Tensor) for n in c)]
+
+
+def erase(graph: GraphModule, nodes: Set[Node], kept: Set[Node]) -> None:
     """Remove those of `nodes` that nothing reads."""
     for node in reversed(graph.graph.nodes):
         left = node in nodes and not node.users and node not in kept

@@ -7,6 +7,7 @@ their derivatives, and one may stand for the other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
-from attncomp.passes.hoist import hoist
+from attncomp.passes.hoist import erase, gates_of, hoist
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
@@ -32,6 +33,8 @@ from attncomp.passes.site import Missed, Site, missed
 from attncomp.passes.value_bounds import bounds
 from attncomp.passes.whole_steps import whole_steps
 from attncomp.variant import Rejection
+
+log = logging.getLogger("attncomp")
 
 _PARALLEL_WORK = 1 << 25
 """The same for what is no loop: the quadratic form of many rows is lifted by reading it."""
@@ -103,19 +106,22 @@ def _inner(
     left = list(made)
     for node in made:
         search = _Search(graph, known, Place(node, (node,), True), claimed, seen, collected)
-        site = search.result()
-        if not isinstance(site, Site):
-            continue
-        sites.append(site)
-        left.remove(node)
-        for other in left if search.found is not None else ():
-            assert search.found is not None
-            sums = sums_of(graph, known, search.found, other)
-            of_sums = None if sums is None else site_of_recurrence(graph, other, sums)
-            if isinstance(of_sums, Site):
-                sites.append(of_sums)
-                left.remove(other)
-                break
+        try:
+            site = search.result()
+            if not isinstance(site, Site):
+                continue
+            sites.append(site)
+            left.remove(node)
+            for other in left if search.found is not None else ():
+                assert search.found is not None
+                sums = sums_of(graph, known, search.found, other)
+                of_sums = None if sums is None else site_of_recurrence(graph, other, sums)
+                if isinstance(of_sums, Site):
+                    sites.append(of_sums)
+                    left.remove(other)
+                    break
+        except Exception:  # a fault here must not cost the graph what was found
+            log.exception("a place of rows was not compared")
     return sites
 
 
@@ -160,6 +166,7 @@ class _Search:
     leaves: frozenset[Node] = frozenset()
     found: Found | None = None
     extra: Sequence[Node] = ()
+    scratch: Sequence[Node] = ()
 
     def result(self) -> Site | Rejection | None:
         outputs = [n for n in self.place.outputs if self._may(n)]
@@ -177,9 +184,11 @@ class _Search:
             return self._as_before(self.seen[key], places_of)
         result = self._searched(region, outputs, ways)
         if not isinstance(result, Site) and self.place.stepwise:
-            self.extra = whole_steps(self.graph, in_order(self.graph, inside))
+            gates, self.scratch = gates_of(self.graph, self.place.node)
+            self.extra = [*whole_steps(self.graph, in_order(self.graph, inside)), *gates]
             again = self._searched(region, outputs, ways) if self.extra else None
             result = again or result
+            erase(self.graph, set(self.scratch), self._needed())
         place = {n: i for i, n in enumerate(places_of)}
         found = self.found if isinstance(result, Site) else None
         if found is None:
@@ -223,7 +232,7 @@ class _Search:
             return Rejection("identity-too-large", f"comparing it takes {region.work():.1e} operations")
         self.leaves = leaves
         lengths = {f.length for n in outputs for f in frames(n, region)}
-        nodes = {length: whole(region, length) for length in lengths}
+        nodes = {length: whole(region, length, frozenset(self.extra)) for length in lengths}
         keep = {(n, EXPONENTS if log else VALUES) for found in nodes.values() for n, log in found}
         reason: Rejection | None = None
         initials: list[Node | None] = [None, *self._initials([n for n, _ in region.order])]
@@ -238,9 +247,14 @@ class _Search:
             numbers = values.numbers()
             for output in outputs:
                 found = self._found(values, of, output, nodes, initial, numbers)
+                if found is not None:
+                    self.found = found
+                    erase(self.graph, set(self.scratch), self._needed())  # what else reads the loop's nodes
                 made = None if found is None else self._site(found)
                 if isinstance(made, Site):
-                    self.found = found
+                    return made
+                if found is not None and self.scratch:
+                    self.found = None
                     return made
                 reason = reason or made
         if reason is not None:
@@ -248,6 +262,9 @@ class _Search:
         if self.place.stepwise:
             return Rejection("not-a-recurrence", "its steps are those of no recurrence of linear attention")
         return None
+
+    def _needed(self) -> set[Node]:
+        return set() if self.found is None else {r.node for r in self.found.recurrence.reads}
 
     def _may(self, node: Node) -> bool:
         value = value_of(node)
@@ -309,7 +326,8 @@ class _Search:
             return Rejection("gate-sign", f"{decay.node.name} is not proven to be a gate that never grows")
         made = site_of_recurrence(self.graph, self.place.node, found)
         if isinstance(made, Site):
-            reads = [r.node for r in found.recurrence.reads]
+            loops = set(self.scratch)  # what is made of a loop's own numbers must not need its states
+            reads = [r.node for r in found.recurrence.reads if r.node not in loops]
             stays = made.covered().union(reads, *map(ancestors, reads))
             left = [n for n in ancestors(found.output) if is_outer(n) and n not in stays]
             if self.place.stepwise and len(left) >= _PIECES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,17 +129,19 @@ def arranged(array: torch.Tensor, dims: Dims, frame: Frame) -> torch.Tensor:
     return array.reshape(frame.flat, *array.shape[-2:])
 
 
-def whole(region: Region, length: int) -> list[tuple[Node, bool]]:
+def whole(region: Region, length: int, made: Set[Node]) -> list[tuple[Node, bool]]:
     """The nodes that may be parts of a recurrence of `length` steps, and whether as logarithms, in graph order.
 
-    A tensor that is computed from single steps of another is none: it belongs to the recurrence.
+    A tensor that is computed from single steps of another is none: it belongs to the recurrence. made: those that were
+    made to be parts.
     """
     stepped: set[Node] = set()
     found = []
     for node, field in region.order:
         if any(a in stepped for a, _ in region.reads[node, field]) or _is_step(node, length):
             stepped.add(node)
-            continue
+            if node not in made:
+                continue
         value = value_of(node)
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
             continue

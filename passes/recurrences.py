@@ -145,7 +145,7 @@ def run(
         if delta:
             written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), old if early else state)
         if beta is not None:
-            written = f.reduce(written) * at(beta, t)[:, :, None]
+            written = f.reduce(written.clone()) * at(beta, t)[:, :, None]
         if erase is not None and write is not None:
             erased = f.product(at(write, t)[:, None, :].expand(n, -1, -1), old)
             state = f.reduce(state - f.multiply(at(erase, t)[:, :, None], erased))

@@ -125,3 +125,35 @@ def test_rows_that_are_dropped_at_random_are_drawn_apart() -> None:
     found = torch.compile(loop(row), backend="attncomp", options={"executor": "eager"})(**x)
     assert found.unique().tolist() == [0.0, 2.0]
     assert not torch.equal(found[:, :, 0], found[:, :, 1])
+
+
+def mlstm(late: bool = False, exact: bool = True) -> Callable[..., Tensor]:
+    """mLSTM step by step: gates relative to a running maximum, which cancels. late: the maximum of the step before."""
+
+    def attend(**x: Tensor) -> Tensor:
+        q, k, v, g = (x[n] for n in "qkvg")
+        forget, entry = torch.nn.functional.logsigmoid(g[..., 0]), g[..., 1]
+        state, total = q.new_zeros(B, H, D, E), q.new_zeros(B, H, D)
+        largest = q.new_full((B, H), 0.0)
+        rows = []
+        for t in range(T):
+            new = torch.maximum(forget[:, :, t] + largest, entry[:, :, t])
+            f, i = torch.exp(forget[:, :, t] + largest - new), torch.exp(entry[:, :, t] - (largest if late else new))
+            largest = new
+            state = f[..., None, None] * state + i[..., None, None] * (k[:, :, t, :, None] * v[:, :, t, None, :])
+            total = f[..., None] * total + i[..., None] * k[:, :, t]
+            weight = torch.maximum((q[:, :, t] * total).sum(-1).abs(), torch.exp(-new))
+            out = torch.einsum("bhd,bhde->bhe", q[:, :, t], state if exact else state.tanh())
+            rows.append(out / weight[..., None])
+        return torch.stack(rows, 2)
+
+    return attend
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["mLSTM", "another maximum"])
+def test_gates_relative_to_what_the_loop_carries_on(late: bool) -> None:
+    assert verdicts(mlstm(late), tensors((E,))) == ["rewritten"] * 2
+
+
+def test_a_function_of_the_state_beside_such_gates_is_kept() -> None:
+    assert "rewritten" not in verdicts(mlstm(exact=False), tensors((E,)))
