@@ -65,6 +65,12 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
     return Hoisted([n for n in mover.stacks if n.users], out)
 
 
+def is_hoistable(place: Node) -> bool:
+    """Whether a place collects results of one elementwise function: what is inside of it is to be looked at first."""
+    rows = _rows(place)
+    return rows is not None and all(name_of(n) == name_of(rows[0]) for n in rows) and name_of(rows[0]) in POINTWISE
+
+
 def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
     """Whole tensors for what a loop computes in each step by elementwise functions, also of numbers that it carries on:
     mLSTM's gates, which are relative to a running maximum. Each has its steps as the first dimension.

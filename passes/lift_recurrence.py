@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
-from attncomp.passes.hoist import erase, gates_of, hoist
+from attncomp.passes.hoist import erase, gates_of, hoist, is_hoistable
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
@@ -183,7 +183,7 @@ class _Search:
         if key in self.seen:
             return self._as_before(self.seen[key], places_of)
         result = self._searched(region, outputs, ways)
-        if not isinstance(result, Site) and self.place.stepwise:
+        if not isinstance(result, Site) and self.place.stepwise and not is_hoistable(self.place.node):
             gates, self.scratch = gates_of(self.graph, self.place.node)
             self.extra = [*whole_steps(self.graph, in_order(self.graph, inside)), *gates]
             again = self._searched(region, outputs, ways) if self.extra else None
