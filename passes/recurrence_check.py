@@ -141,8 +141,11 @@ def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Te
             continue
         of = frame.of_states() if name == "initial" else frame
         arrays[name] = None if read is None else residues(values, read, of)
-        if read is not None and arrays[name] is None:
+        found = arrays[name]
+        if read is not None and found is None:
             return None
+        if found is not None and name != "initial" and found.shape[1] not in (1, frame.length):
+            return None  # nothing tells its rows apart, and so few were evaluated: it is no part of this
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     assert q is not None
     assert k is not None

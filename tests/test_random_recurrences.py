@@ -100,6 +100,12 @@ def test_layers_that_differ_in_an_operand_are_not_taken_for_equal() -> None:
     torch.testing.assert_close(found, both(x), rtol=1e-9, atol=1e-10)
 
 
+def test_a_gate_that_is_zero_at_first_fits_many_tensors_and_is_found() -> None:
+    recurrence = Recurrence("channel", "before decay", steps=6, final=True, segments=True)
+    agrees(recurrence)
+    assert is_rewritten(), reports()
+
+
 def test_what_is_rounded_by_a_large_number_stays_rounded() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
