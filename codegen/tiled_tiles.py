@@ -309,8 +309,8 @@ _IN_PARTS = 0.86
 """Of that, widths that are no power of two reach in tiles of powers of two: 373 TFLOP/s at width 80 and 8k tokens."""
 _TAIL = 1.5
 """How long the device waits for the last programs of the plain forward kernel, in times of what the longest row of
-tiles is above the mean. Measured there: under a causal mask 0.186, 0.599 and 2.24 ms at 4k, 8k and 16k tokens of width 128,
-without a mask 0.282, 1.00 and 4.18."""
+tiles is above the mean. Measured there: under a causal mask 0.186, 0.599 and 2.24 ms at 4k, 8k and 16k tokens of width
+128, without a mask 0.282, 1.00 and 4.18."""
 
 HOST_LAUNCHES = {"forward": 3, "backward": 7}
 """Host time of one call in compiled code beside its kernels, in launches of the cost model (4 µs each). Measured on an
