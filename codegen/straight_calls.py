@@ -142,7 +142,7 @@ def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     a gradient: more than the signature of a call, but for the alignment.
     """
     try:
-        guards = _GUARDS.TensorGuards(  # type: ignore[union-attr]
+        guards = _GUARDS.TensorGuards(  # type: ignore[union-attr]  # without guards: AttributeError, below
             *tensors,
             dynamic_dims_sizes=[list(t.shape) for t in tensors],
             dynamic_dims_strides=[list(t.stride()) for t in tensors],

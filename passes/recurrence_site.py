@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from attncomp.expr import ONE, ZERO, Const, Expr, Load, Score, ge, mul, op, sub,
 from attncomp.passes.as_written import work_of
 from attncomp.passes.assemble import needs_gradient
 from attncomp.passes.falling import falls
-from attncomp.passes.nodes import name_of, value_of
+from attncomp.passes.nodes import ancestors, name_of, value_of
 from attncomp.passes.prove import prove
 from attncomp.passes.recurrence_pool import Frame
 from attncomp.passes.recurrences import Dims, Read, Recurrence
@@ -38,6 +38,27 @@ def site_of_recurrence(graph: GraphModule, anchor: Node, found: Found) -> Site |
     return made.site()
 
 
+def _nodes_of(x: Any) -> list[Node]:
+    """The nodes in a dataclass of such."""
+    if isinstance(x, Node):
+        return [x]
+    if is_dataclass(x):
+        return [n for f in fields(x) for n in _nodes_of(getattr(x, f.name))]
+    return [n for y in x for n in _nodes_of(y)] if isinstance(x, list | tuple) else []
+
+
+def _loses(cast: Node, dtype: torch.dtype) -> bool:
+    """Whether a cast has fewer digits than its input, and than `dtype`."""
+    to, of = value_of(cast), value_of(cast.all_input_nodes[0]) if cast.all_input_nodes else None
+    if not isinstance(to, torch.Tensor) or not isinstance(of, torch.Tensor) or not to.is_floating_point():
+        return False
+    if to.dtype.itemsize < 2:
+        return to.dtype != of.dtype
+    if not of.is_floating_point() or of.dtype.itemsize < 2:
+        return False
+    return torch.promote_types(of.dtype, to.dtype) != to.dtype and torch.promote_types(to.dtype, dtype) != to.dtype
+
+
 class _Maker:
     def __init__(self, graph: GraphModule, anchor: Node, found: Found) -> None:
         self.graph = graph
@@ -54,9 +75,31 @@ class _Maker:
         self.turned = r.before or found.frame.backwards or found.frame.results_backwards
         self.length = found.frame.length + (r.before and found.final is not None)
 
+    def _rounding(self, dtype: torch.dtype) -> Node | None:
+        """A cast between the operands and the rows that loses digits which the rows have; the comparison of functions
+        of numbers does not see it."""
+        read = set(_nodes_of(self.found.recurrence))
+        above = ancestors(self.found.output)
+        ends = read.union(*(ancestors(n) for n in read - above))
+        queue = [self.found.output, *([] if self.found.final is None else [self.found.final.node])]
+        seen: set[Node] = set()
+        while queue:
+            node = queue.pop()
+            if node in seen or node in ends:
+                continue
+            seen.add(node)
+            if name_of(node) in ("_to_copy", "to", "type_as") and _loses(node, dtype):
+                return node
+            queue += node.all_input_nodes
+        return None
+
     def site(self) -> Site | Rejection:
         r, output = self.found.recurrence, self.found.output
         dtype = value_of(output).dtype
+        rounding = self._rounding(dtype)
+        if rounding is not None:
+            to = value_of(rounding).dtype
+            return Rejection("mixed-dtypes", f"{rounding.name} rounds to {to}, the output is {dtype}")
         operands = []
         for read in (r.q, r.k, r.v):
             node = self._cast(read.node, dtype)

@@ -52,3 +52,29 @@ def test_is_found_and_right(system: System) -> None:
     else:
         assert sites
         assert all(s.verdict == "rewritten" for s in sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", ["keys", "step", "state", "row"])
+def test_what_rounds_inside_is_kept(where: str, dtype: torch.dtype) -> None:
+    """As functions of numbers, these are the recurrence; digits that a cast drops would come back."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def rounded(x: torch.Tensor, here: str) -> torch.Tensor:
+            return x.to(dtype).to(x.dtype) if where == here else x
+
+        k = rounded(k, "keys")
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        rows = []
+        for t in range(q.shape[2]):
+            state = rounded(state * 0.9 + rounded(k[:, :, t, :, None], "step") * v[:, :, t, None, :], "state")
+            rows.append(rounded((q[:, :, t, :, None] * state).sum(-2), "row"))
+        return torch.stack(rows, 2)
+
+    torch._dynamo.reset()
+    clear_reports()
+    q, k, v = torch.randn(3, 1, 2, 12, 4)
+    with torch.no_grad():
+        out = torch.compile(attend, backend="attncomp", options=OPTIONS)(q, k, v)
+    torch.testing.assert_close(out, attend(q, k, v))
+    assert [s.reason.split(":")[0] for r in reports() for s in r.sites] == ["mixed-dtypes"]
