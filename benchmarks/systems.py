@@ -138,7 +138,9 @@ class Competitor:
         learned = {n: x for n, x in tensors.items() if x.requires_grad}
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         # A library may take for a constant what is learned here; the row then lacks that gradient's error.
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(out, list(learned.values()), direction, allow_unused=True)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            out, list(learned.values()), direction, allow_unused=True
+        )
         return {"out": out.detach(), **{f"d{n}": g for n, g in zip(learned, found, strict=True) if g is not None}}
 
     def _measure(self, call: Callable[..., Tensor]) -> Row:
