@@ -45,7 +45,7 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
 
     kept: nodes that must stay.
     """
-    rows = _rows(place)
+    rows = rows_of(place)
     if rows is None or place in kept or any(n.target is torch._C._set_grad_enabled for n in graph.graph.nodes):
         return None
     mover = _Mover(graph, place, max(math.prod(value_of(n).shape) for n in rows))
@@ -67,7 +67,7 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
 
 def is_hoistable(place: Node) -> bool:
     """Whether a place collects results of one elementwise function: what is inside of it is to be looked at first."""
-    rows = _rows(place)
+    rows = rows_of(place)
     return rows is not None and all(name_of(n) == name_of(rows[0]) for n in rows) and name_of(rows[0]) in POINTWISE
 
 
@@ -77,7 +77,7 @@ def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
 
     Returned with all nodes that were made for them.
     """
-    rows = _rows(place)
+    rows = rows_of(place)
     if rows is None:
         return [], []
     mover = _Mover(graph, place, max(math.prod(value_of(n).shape) for n in rows))
@@ -86,7 +86,7 @@ def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
     for column in queue:
         if len(found) >= _GATES or len(seen) > _COLUMNS:
             break
-        for inner in _arguments_of(column):
+        for inner in arguments_of(column):
             first = inner[0]
             if inner in seen or all(n is first for n in inner) or any(name_of(n) != name_of(first) for n in inner):
                 continue
@@ -99,7 +99,7 @@ def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
     return list(found), mover.made
 
 
-def _arguments_of(column: Column) -> list[Column]:
+def arguments_of(column: Column) -> list[Column]:
     """What the steps of a column read, one column for each place of an argument."""
     lists = [[x for a in n.args for x in (a if isinstance(a, list | tuple) else [a]) if _is_node(x)] for n in column]
     if len({len(x) for x in lists}) != 1:
@@ -116,7 +116,7 @@ def erase(graph: GraphModule, nodes: Set[Node], kept: Set[Node]) -> None:
             graph.graph.erase_node(node)
 
 
-def _rows(place: Node) -> Column | None:
+def rows_of(place: Node) -> Column | None:
     """The rows that a node collects, without the dimension along which it does so."""
     name = name_of(place)
     if name not in ("stack", "cat"):
@@ -200,7 +200,7 @@ class _Mover:
         value = value_of(first)
         if depth > _DEEP or name_of(first) not in POINTWISE | REDUCTIONS | {"unsqueeze"}:
             return None
-        if any(_shape_of_call(n) != _shape_of_call(first) for n in column[1:]):
+        if any(shape_of_call(n) != shape_of_call(first) for n in column[1:]):
             return None
         columns = {n: tuple(arguments(other)[n] for other in column) for n, x in enumerate(first.args) if _is_node(x)}
         for c in columns.values():
@@ -274,7 +274,7 @@ def _is_node(x: Any) -> bool:
     return isinstance(x, Node)
 
 
-def _shape_of_call(node: Node) -> Any:
+def shape_of_call(node: Node) -> Any:
     """What two calls must have in common to be one call of whole tensors."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):

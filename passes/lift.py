@@ -21,6 +21,7 @@ from attncomp.passes.lift_over_queries import lift_over_queries
 from attncomp.passes.lift_recurrence import lift_recurrences
 from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax, weights_path
+from attncomp.passes.loops_apart import Apart, loops_apart
 from attncomp.passes.nodes import name_of
 from attncomp.passes.site import Missed, Site, attempted, missed
 from attncomp.variant import Rejection
@@ -35,20 +36,31 @@ def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
     """
     guard_groups(graph)
     apart = distribute(graph)
-    found = _anchored(graph)
+    loops = loops_apart(graph)
+    found = _anchored(graph, loops)
+    lost = [x for x in loops if not x.is_found(found)]
+    if lost:
+        for x in lost:
+            x.undo(graph)
+        loops = [x for x in loops if x not in lost]
+        found = _anchored(graph, loops)
     outputs = {s.output for s in found if isinstance(s, Site)}
     whole = [d for d in apart if not all(part in outputs or DISTRIBUTED in part.meta for part in d.parts)]
     if whole:
         put_back(graph)
-        found = _anchored(graph)
+        found = _anchored(graph, loops)
     return found
 
 
-def _anchored(graph: torch.fx.GraphModule) -> list[Site | Missed]:
+def _anchored(graph: torch.fx.GraphModule, loops: Sequence[Apart]) -> list[Site | Missed]:
+    """loops: those that were taken apart; the softmaxes between them are no anchors."""
     found: list[Site | Missed] = []
     claimed: set[Node] = set()
+    between = {x.weights for x in loops}
     for node in graph.graph.nodes:
         anchor = node
+        if node in between:
+            continue
         if name_of(node) in _SOFTMAX:
             results = lift_softmax(graph, node)
             over = _over_queries(graph, node, results)

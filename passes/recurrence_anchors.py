@@ -39,21 +39,25 @@ class Place:
 def places(graph: Graph) -> list[Place]:
     """Where recurrences may be, in graph order."""
     depths: dict[Node, int] = {}
+    since: dict[Node, int] = {}  # from the places above: one loop may read what another one collects
     found = []
     for node in graph.nodes:
-        depths[node] = 1 + max((depths[a] for a in node.all_input_nodes), default=0)
+        for known in (depths, since):
+            known[node] = 1 + max((known[a] for a in node.all_input_nodes), default=0)
         if node.op != "call_function":
             continue
         name = name_of(node)
         if name in ("cat", "stack"):
             parts = [x for x in arguments(node)[0] if isinstance(x, Node)]
-            stepwise = len(parts) >= _PIECES and _chained([depths[a] for a in parts]) and _rank(node) >= 3
+            chained = any(_chained([known[a] for a in parts]) for known in (depths, since) if len(parts) >= _PIECES)
+            stepwise = chained and _rank(node) >= 3
         elif name in _SCATTERS:
             stepwise = _is_end(node) and _scatters(node) >= 2 and _rank(node) >= 3
         else:
             stepwise = False
         if stepwise or (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node)):
             found.append(Place(node, tuple(_below(node)), stepwise))
+            since[node] = 0
     return found
 
 
