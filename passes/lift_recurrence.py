@@ -19,9 +19,11 @@ from torch.fx import GraphModule, Node
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
 from attncomp.passes.hoist import erase, gates_of, hoist, is_hoistable
+from attncomp.passes.hoist_blocks import hoist_blocks
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
+from attncomp.passes.recurrence_blocks import block_of, guesses_by_blocks
 from attncomp.passes.recurrence_check import STATES, WORK, Check, drawn, with_initial
 from attncomp.passes.recurrence_guesses import guesses
 from attncomp.passes.recurrence_pool import arranged, frames, pool, values_of_rows, whole
@@ -76,7 +78,8 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
             continue  # the quadratic form, perhaps, which is for others to lift
         anchor, inner = place.node, list[Site]()
         if isinstance(result, Rejection) and place.stepwise and result.code == "not-a-recurrence":
-            made = hoist(graph, place.node, claimed.union(*map(_stays, found)))
+            stays = claimed.union(*map(_stays, found))
+            made = hoist(graph, place.node, stays) or hoist_blocks(graph, place.node, stays)
             if made is not None:  # the place itself is gone
                 anchor, alive = made.places[-1], set(graph.graph.nodes)
                 found = [_with(s, place.node, made.out) for s in found]
@@ -205,7 +208,9 @@ class _Search:
         reads = [replace(r, node=nodes[n]) for r, n in zip(known.found.recurrence.reads, known.reads, strict=True)]
         guess = known.found.recurrence.with_reads(reads)
         output = nodes[known.output]
-        final = Check(self.graph, self.known, frozenset()).final(guess, output, known.found.frame)
+        final = None
+        if guess.block == 1:
+            final = Check(self.graph, self.known, frozenset()).final(guess, output, known.found.frame)
         self.found = Found(guess, output, known.found.frame, final)
         return self._site(self.found)
 
@@ -317,6 +322,31 @@ class _Search:
                 for candidate in with_initial(guess, initial, frame, region):
                     if check.verified(candidate, output, frame):
                         return Found(candidate, output, frame, check.final(candidate, output, frame))
+        return None if initial is not None else self._by_blocks(values, region, output, nodes, numbers)
+
+    def _by_blocks(
+        self,
+        values: FieldValues,
+        region: Region,
+        output: Node,
+        nodes: dict[int, list[tuple[Node, bool]]],
+        numbers: Mapping[int, float],
+    ) -> Found | None:
+        """Sums whose rows read the state behind their whole block."""
+        residue = values.value(output)
+        assert residue is not None
+        above, dtype = ancestors(output), value_of(output).dtype
+        for frame in frames(output, region):
+            block = block_of(output, frame.dims[-2])
+            if block is None:
+                continue
+            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
+            written = values_of_rows(values, region, possible, frame, dtype)
+            rows = pool(values, region, possible, frame, dtype, numbers).rows
+            out = arranged(residue, frame.dims, frame)
+            for guess in guesses_by_blocks(out, written, rows, numbers, block):
+                if Check(self.graph, self.known, self.leaves).verified(guess, output, frame):
+                    return Found(guess, output, frame, None)
         return None
 
     def _site(self, found: Found) -> Site | Rejection:

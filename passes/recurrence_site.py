@@ -10,7 +10,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
-from attncomp.expr import ONE, ZERO, Const, Expr, Load, Score, ge, mul, op, sub, to_float
+from attncomp.expr import ONE, ZERO, Const, Expr, Load, Score, floordiv, ge, mul, op, sub, to_float
 from attncomp.passes.as_written import work_of
 from attncomp.passes.assemble import needs_gradient
 from attncomp.passes.falling import falls
@@ -143,7 +143,7 @@ class _Maker:
             tensors=(*(TensorInfo(name, shapes[name], text, training) for name in shapes), *infos),
             score=mul(Load("q", (b_at, h_at, I, D)), k_load),
             program=program,
-            mask=ge(I, J),
+            mask=ge(I, J) if r.block == 1 else ge(floordiv(I, Const(r.block)), floordiv(J, Const(r.block))),
             normaliser=Normaliser("none"),
             value=value,
             dtype=text,

@@ -45,6 +45,7 @@ class Recurrence:
     early: the delta rule erases what it reads of the state before it decays. erase, write: of a term of rank one that
     is not the delta rule's: ``- sign erase_t (write_t^T S_{t-1})``, of the state before it decays. before: rows read
     the state in front of their own token. bonus: what they see of that token then (None: nothing).
+    block: rows read the state behind the last token of their block of so many; only of sums (nothing decays).
     """
 
     q: Read
@@ -61,6 +62,7 @@ class Recurrence:
     early: bool = False
     before: bool = False
     bonus: Read | float | None = None
+    block: int = 1
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -86,6 +88,7 @@ class Recurrence:
             self.early,
             self.before,
             next(left) if isinstance(self.bonus, Read) else self.bonus,
+            self.block,
         )
 
 
@@ -126,13 +129,14 @@ def run(
     early: bool = False,
     before: bool = False,
     bonus: torch.Tensor | None = None,
+    block: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows (n, t, e), and the last state (n, d, e)."""
     f = VALUES
     n, length = max(x.shape[0] for x in (q, k, v)), max(x.shape[1] for x in (q, k, v))
     state = torch.zeros(n, k.shape[2], v.shape[2], dtype=torch.int64) if initial is None else initial
     q = f.multiply(q, torch.tensor(scale))
-    rows = []
+    rows: list[torch.Tensor] = []
 
     def at(x: torch.Tensor, t: int) -> torch.Tensor:
         return x[:, t if x.shape[1] > 1 else 0]
@@ -150,6 +154,11 @@ def run(
             erased = f.product(at(write, t)[:, None, :].expand(n, -1, -1), old)
             state = f.reduce(state - f.multiply(at(erase, t)[:, :, None], erased))
         state = f.reduce(state + key * f.reduce(written.clone()))
+        if block > 1:
+            if (t + 1) % block == 0 or t + 1 == length:
+                first = t - t % block
+                rows.extend(f.product(q[:, first : t + 1], state).unbind(1))
+            continue
         row = f.product(at(q, t)[:, None, :].expand(n, -1, -1), old if before else state)[:, 0]
         if before and bonus is not None:
             own = at(v, t) if beta is None else f.multiply(at(v, t), at(beta, t))

@@ -17,7 +17,6 @@ SIZES = Sizes(batch=2, heads=2, n=32, width=4, dtype=torch.float64)
 KEPT = {
     "L2ViT": "",
     "SANA": "",
-    "SANA, blocks": "not-a-recurrence",
     "RALA": "no-score-contraction",
     "mLSTM": "",
     "ScatterFormer": "",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attncomp.codegen.variants.keys_first import KEYS_FIRST
-from attncomp.expr import Const, Expr, Load, Op, Score, add, ge, mul
+from attncomp.expr import Const, Expr, Load, Op, Score, add, floordiv, ge, mul, op
 from attncomp.hardware import detect
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
@@ -64,6 +64,54 @@ def test_it_is_the_reference(normaliser: Normaliser, program: Expr | None) -> No
     torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(out, x, direction), torch.autograd.grad(right, x, direction), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("normaliser", [Normaliser("none"), Normaliser("sum", 1e-3)], ids=["plain", "divided"])
+@pytest.mark.parametrize("length", [8, 11, 3])
+def test_by_blocks_it_is_the_reference(normaliser: Normaliser, length: int) -> None:
+    spec = by_blocks(normaliser, length)
+    x = tensors_of(spec, torch.float64)
+    plan = Plan(spec, prove(spec.mask, spec.extents), KEYS_FIRST.name, {}, "")
+    assert isinstance(offered(spec), Offer)
+    out = KEYS_FIRST.build(plan, Inputs(x[0], x[1], x[2], x[3:], ()))
+    right = attention_reference(spec, x[0], x[1], x[2], x[3:])
+    direction = torch.randn_like(right)
+    torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(out, x, direction), torch.autograd.grad(right, x, direction), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def by_blocks(normaliser: Normaliser, length: int, other: int | None = None) -> AttentionSpec:
+    mask = ge(floordiv(I, Const(4)), floordiv(J, Const(4)))
+    spec = spec_of(normaliser, BY_HEAD)
+    sizes = (*spec.sizes[:2], Const(length), Const(other or length), *spec.sizes[4:])
+    rows = {"q": length, "k": other or length, "v": other or length}
+    tensors = tuple(
+        replace(t, shape=(*t.shape[:2], Const(rows[t.name]), t.shape[3])) if t.name in rows else t for t in spec.tensors
+    )
+    return replace(spec, sizes=sizes, tensors=tensors, mask=mask)
+
+
+NOT_BLOCKS: dict[str, Expr] = {
+    "causal": ge(I, J),
+    "two sizes": ge(floordiv(I, Const(4)), floordiv(J, Const(2))),
+    "strictly before": ge(floordiv(I, Const(4)), add(floordiv(J, Const(4)), Const(1))),
+    "its own block alone": op("eq", floordiv(I, Const(4)), floordiv(J, Const(4))),
+    "moved": ge(floordiv(add(I, Const(1)), Const(4)), floordiv(add(J, Const(1)), Const(4))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BLOCKS)
+def test_other_masks_are_left(name: str) -> None:
+    found = offered(replace(by_blocks(LINEAR, 8), mask=NOT_BLOCKS[name]))
+    assert isinstance(found, Rejection)
+    assert found.code == "mask"
+
+
+def test_blocks_of_other_lengths_of_queries_and_keys_are_left() -> None:
+    found = offered(by_blocks(LINEAR, 8, 12))
+    assert isinstance(found, Rejection)
+    assert found.code == "mask"
 
 
 def test_sums_may_leave_the_range_of_float16() -> None:
