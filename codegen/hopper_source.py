@@ -101,7 +101,9 @@ def hopper_source(plan: Plan) -> str:
     length_test = proof.key_hi == spec.size("j")
     edge_body = body_context(edge, exponent, mask, proof.residual, length_test=length_test)
     inner_body["before"], edge_body["before"] = inner.before(), edge.before()
-    branches = _branches(plan, printer, exponent) if tile.get("branches") else None
+    # Spans may have been left out since the tile was chosen; a residual without them is tested in every tile.
+    one_loop = tile.get("branches") and (proof.residual == TRUE or uses_spans(plan))
+    branches = _branches(plan, printer, exponent) if one_loop else None
     arguments = hopper_arguments(plan)
     described = [d.name for d in arguments.described]
     rings = [*_RINGS, *(f"{r.tensor}_tiles" for r in reads)]

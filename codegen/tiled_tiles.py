@@ -146,7 +146,8 @@ def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware, *, sp
         tile["queue"] = 1
         length = spec.size("j")
         whole = isinstance(length, Const) and int(length.value) % keys == 0
-        if (spans or moves) and ("j" not in axes_of(program) or (spans and whole)):
+        tested = spans or (moves and proof.residual == TRUE)  # where a tile lies tells whether it is tested
+        if tested and ("j" not in axes_of(program) or (spans and whole)):
             tile["branches"] = 1
     return tile
 

@@ -147,11 +147,25 @@ def test_spans_are_read(name: str) -> None:
         ("causal_window", 640, False, False),
         ("plain", 640, False, False),
         ("proven_local_or_summary", 640, False, False),
+        ("proven_image", 640, True, False),  # which elements of a tile inside of the range are allowed must be tested
     ],
 )
 def test_tiles_of_no_known_order_are_taken_from_a_queue(name: str, length: int, queue: bool, branches: bool) -> None:
     tile = offered(find(name, 128, length=length)).params["hopper"]
     assert ("queue" in tile, "branches" in tile) == (queue, branches)
+
+
+@pytest.mark.parametrize("name", ["proven_image", "documents"])
+def test_what_no_spans_cover_is_tested_in_every_tile(name: str) -> None:
+    """Also where the spans were left out after the tile was chosen."""
+    plan = plan_of(find(name, 128, length=640), "cuda")
+    one_loop = {**plan.params["hopper"], "queue": 1, "branches": 1}
+    for params in (plan.params, {**plan.params, "hopper": one_loop}):
+        source = hopper_source(dataclasses.replace(plan, params=params))
+        tiles = source.count(" p = gl.exp2(")
+        assert tiles > 2
+        test = {"proven_image": "x0 <= t1", "documents": "t0 == k1"}[name]
+        assert len(re.findall(rf"x = gl\.where\(.*{test}", source)) == tiles
 
 
 def _chunked(length: int, program: Expr | None = None, *, ids: bool = False) -> Plan:
