@@ -22,6 +22,7 @@ from attncomp.codegen.fingerprint import sources_fingerprint
 from attncomp.codegen.variants import VARIANTS
 from attncomp.errors import AttncompError, OptionsError
 from attncomp.executor import eager
+from attncomp.kept_values import while_kept
 from attncomp.passes.rewrite import Rewritten, rewrite
 from attncomp.policy import Policy, check_variants, load_policy
 from attncomp.report import Report, record
@@ -100,9 +101,8 @@ def _executed(
         target, lifted = result.captured.graph, result.captured.lifted
     inputs = [*lifted, *example_inputs]
     compiled = eager(target) if executor == "eager" else _inductor(target, inputs, mode, options)
-    if not lifted:
-        return compiled
-    return lambda *args: compiled(*lifted, *args)
+    whole = (lambda *args: compiled(*lifted, *args)) if lifted else compiled
+    return while_kept(whole, graph, example_inputs, result.kept) if target is not graph and result.kept else whole
 
 
 def _records_cuda_graphs(inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from attncomp.passes.layouts import NESTED, without_strides
 from attncomp.passes.lengths import Span
 from attncomp.passes.lift import lift
 from attncomp.passes.lower import Lowered, Traces, lower, replace
-from attncomp.passes.nodes import name_of
+from attncomp.passes.nodes import ancestors, name_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
+from attncomp.passes.powers import Power, assume_powers, put_back_powers
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.sizes import size_hints
 from attncomp.passes.verify import numeric_difference, verify_metadata
@@ -42,10 +44,12 @@ class Rewritten:
     """What the passes made of one graph.
 
     captured: the functional graph, rewritten in place; None if the graph could not be captured. report: what was done.
+    kept: places of inputs whose values the rewritten graph relies on.
     """
 
     captured: Captured | None
     report: Report
+    kept: tuple[int, ...] = ()
 
 
 def rewrite(
@@ -69,20 +73,22 @@ def rewrite(
     fallback = str(captured) if isinstance(captured, Rejection) else None
     stages = run.clock.taken()
     report = Report(tuple(sites), fallback, run.device, policy.canonical(), sum(s for _, s in stages), stages)
-    return Rewritten(captured if isinstance(captured, Captured) else None, report)
+    return Rewritten(captured if isinstance(captured, Captured) else None, report, tuple(sorted(run.kept)))
 
 
 @dataclass
 class _Run:
     """The passes over one graph and the bodies of its operators.
 
-    device: of the first attention that was found. Other fields as in `rewrite`.
+    device: of the first attention that was found. kept: places of the inputs of the graph itself whose values it relies
+    on. Other fields as in `rewrite`.
     """
 
     chooser: Chooser
     check_values: bool
     apply: bool
     device: str = ""
+    kept: set[int] = field(default_factory=set)
     clock: _Clock = field(default_factory=lambda: _Clock())
 
     def graph(
@@ -97,11 +103,25 @@ class _Run:
         if isinstance(captured, Rejection):
             return unread or captured, []
         graph = captured.graph
+        values = Values.of(graph, (*captured.lifted, *inputs))
+        powers = assume_powers(graph, values.inputs)
         found = lift(graph)
         self.clock.stage("lift")
-        values = Values.of(graph, (*captured.lifted, *inputs))
         traces: Traces = {}
+        assumed = [_assumed(item, powers) for item in found]
         reports = [self._site(graph, item, values, traces, one_plan) for item in found]
+        places = {n: i - len(captured.lifted) for i, n in enumerate(values.inputs)}
+        names = [n.name for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
+        for number, on in enumerate(assumed):
+            if reports[number].verdict == "rewritten":
+                self.kept |= {places[n] for n in _inputs(on)}
+            facts = [
+                f"{names[places[p.node]]} holds powers of exp({names[places[p.base]]}): so it was when compiled, and "
+                "both are compared at each call"
+                for p in on
+            ]
+            reports[number] = dataclasses.replace(reports[number], facts=(*reports[number].facts, *facts))
+        put_back_powers(graph, powers)
         if self.apply:
             put_back(graph)
             _remove_dead(graph)
@@ -169,6 +189,19 @@ class _Clock:
 
     def taken(self) -> tuple[tuple[str, float], ...]:
         return tuple(self.stages.items())
+
+
+def _assumed(item: Site | Missed, powers: Sequence[Power]) -> list[Power]:
+    """The powers by way of which a site may have been found."""
+    if not powers or isinstance(item, Missed):
+        return []
+    ends = [item.output, *([] if item.final is None else [item.final.node])]
+    above = set(ends).union(*map(ancestors, ends))
+    return [p for p in powers if p.stands in above]
+
+
+def _inputs(powers: Sequence[Power]) -> set[Node]:
+    return {n for p in powers for n in (p.node, p.base)}
 
 
 def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, traces: Traces) -> Rejection | None:
