@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from attncomp.codegen.hopper_backward_source import (
     hopper_backward_source,
     hopper_kernels,
 )
-from attncomp.codegen.launch import Boxes, box_layout
+from attncomp.codegen.launch import box_layout
 from attncomp.codegen.spans import spanned_plan
 from attncomp.codegen.tiled_backward_source import stored_tensors
 from attncomp.codegen.tiled_tiles import hopper_backward_tiles
@@ -33,6 +32,7 @@ from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec, H, I, J, Normaliser, TensorInfo, plain_spec
 from attncomp.variant import Offer, Request
 from tests.codegen import spans_runs
+from tests.codegen.hopper_runs import emulated
 from tests.codegen.tiled_runs import SMALL_TILE, errors, find, plan_of, small_tiles, with_dtype
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
@@ -147,31 +147,6 @@ def test_reads_of_a_tile_on_an_edge_are_inside() -> None:
 
 
 # -- numbers and order -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def emulated(change: tuple[str, str] | None = None) -> Iterator[None]:
-    """Kernels for Hopper run on `gluon_on_a_cpu`. change: a text of their source, and another."""
-    from tests.codegen import gluon_on_a_cpu
-
-    made: list[str] = []
-
-    def module(source: str, **more: Any) -> Any:
-        if "gluon" in source:
-            source = gluon_on_a_cpu.brought_here(source)
-            if change is not None:
-                assert change[0] in source
-                source = source.replace(*change)
-            made.append(source)
-            gluon_on_a_cpu.under_way.clear()
-            gluon_on_a_cpu.vectors.clear()
-        return kernel_module(source, **more)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiled_launch, "kernel_module", module)
-        patched.setattr(tiled_launch, "Boxes", lambda rows, width, gluon, rank: Boxes(rows, width, rank=rank))
-        yield
-    assert made
 
 
 def _for_hopper(plan: Plan, stages: int, held: int) -> Plan:

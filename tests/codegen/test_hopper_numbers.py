@@ -1,0 +1,104 @@
+"""The forward kernel for Hopper on `gluon_on_a_cpu`: its numbers, and the order of fetches, products and barriers.
+
+Its groups of warps are threads there. Tiles are smaller than the hardware's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from attncomp.codegen.compile import has_triton
+from attncomp.codegen.tiled_tiles import hopper_tile
+from attncomp.hardware import H100_SXM
+from attncomp.plan import Plan
+from tests.codegen import spans_runs
+from tests.codegen.hopper_runs import emulated
+from tests.codegen.tiled_cases import cases_of
+from tests.codegen.tiled_runs import errors, plan_of, with_dtype
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+LENGTH, WIDTH = 88, 64
+"""Two tiles of queries that are whole and one that is not; more tiles of keys than the rings have places."""
+SMALL = {"block_m": 32, "rows": 16, "block_n": 16, "num_warps": 4}
+RUN = (
+    "causal", "causal_window", "grouped_heads", "softcap", "alibi_learned", "bias_table", "distance_table_causal",
+    "key_bias_learned", "padding_zero", "padding_float_minus_inf", "documents", "sink", "uniform", "stripes",
+    "proven_image", "proven_frames", "proven_neighbourhood", "proven_local_or_summary", "symbolic", "short_keys",
+    "dense_bias",
+)  # fmt: skip
+QUICK = ("causal", "alibi_learned", "documents", "proven_image", "proven_frames", "sink")
+
+
+def _for_hopper(plan: Plan, *, spans: bool, **more: int) -> Plan:
+    """With the queue and the branches that it would have on the hardware, and tiles of few elements."""
+    tile = hopper_tile(plan.spec, plan.proof, H100_SXM, spans=spans) or {}
+    flags = {name: tile[name] for name in ("queue", "branches") if name in tile}
+    params = {
+        **plan.params,
+        "descriptors": True,
+        "upcast": False,
+        "hopper": {**SMALL, "num_stages": 2, **flags, **more},
+    }
+    return dataclasses.replace(plan, params=params)
+
+
+def forward_errors(name: str, more: dict[str, int], change: tuple[str, str] | None = None) -> dict[str, float]:
+    case = next(c for c in cases_of(LENGTH, WIDTH) if c.name == name)
+    case = dataclasses.replace(with_dtype(case, "float16"), forward_only=True)
+    with emulated(change):
+        return errors(case, _for_hopper(plan_of(case, "cpu"), spans=False, **more), "cpu")
+
+
+def spans_errors(name: str) -> dict[str, float]:
+    """Of kernels whose ranges come from data."""
+    case = with_dtype(spans_runs.case_of(spans_runs.find(name), width=WIDTH), "float16")
+    case = dataclasses.replace(case, forward_only=True)
+    with emulated():
+        return spans_runs.built_errors(case, _for_hopper(plan_of(case, "cpu", {"spans": True}), spans=True), "cpu")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RUN])
+def test_outputs_match_the_reference(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(forward_errors, name, {})
+    assert {k: v for k, v in found.items() if not v <= 3e-3} == {}
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "proven_image"])
+@pytest.mark.parametrize("more", [{"queue": 1}, {"queue": 1, "branches": 1}, {"num_stages": 3}])
+def test_in_other_orders(name: str, more: dict[str, int], interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(forward_errors, name, more)
+    assert {k: v for k, v in found.items() if not v <= 3e-3} == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "documents" else pytest.mark.slow) for n in ("documents", "prefix", "nothing")],
+)
+def test_ranges_from_data(name: str, interpreter: Callable[..., dict[str, float]]) -> None:
+    found = interpreter(spans_errors, name)
+    assert {k: v for k, v in found.items() if not v <= 3e-3} == {}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("mbarrier.wait(v_full.index(held), held_phase)", "", "before it came"),
+        ("mbarrier.wait(k_free.index(stage), phase)", "", "still come"),
+        (
+            "s = warpgroup_mma_wait(1, deps=[scores])",
+            "s = warpgroup_mma_wait(2, deps=[scores])",
+            "before its product ended",
+        ),
+        ("mbarrier.arrive(v_free.index(used), count=1)", "", "all groups of warps wait"),
+        ("mbarrier.expect(q_full, BLOCK_M * D * 2)", "mbarrier.expect(q_full, ROWS * D * 2)", "number of bytes"),
+        ("            all_warps()\n", "", "before all warps have written it"),
+    ],
+)
+def test_the_wrong_order_is_seen(right: str, wrong: str, says: str, interpreter: Callable[..., Any]) -> None:
+    with pytest.raises(Exception, match=says):
+        interpreter(forward_errors, "causal", {"queue": 1}, (right, wrong))
