@@ -187,9 +187,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def attncomp_options(*, always: bool, debug: bool) -> dict[str, Any]:
-    """always: rewrite whatever the cost model predicts. debug: run the graphs as they are, without inductor."""
-    chosen: dict[str, Any] = {"policy": {"version": 1, "defaults": {"min_speedup": 0}}} if always else {}
+def attncomp_options(*, always: bool, debug: bool, allow: str = "exact") -> dict[str, Any]:
+    """always: rewrite whatever the cost model predicts. debug: run the graphs as they are, without inductor. allow: the
+    weakest class of exactness."""
+    defaults = ({"min_speedup": 0} if always else {}) | ({"allow": allow} if allow != "exact" else {})
+    chosen: dict[str, Any] = {"policy": {"version": 1, "defaults": defaults}} if defaults else {}
     return chosen | ({"executor": "eager"} if debug else {})
 
 

@@ -50,7 +50,7 @@ class Program:
 
     extra: tensors beside q, k, v. by_head: the dimension of the heads of those that have one. learned: those that need
     a gradient. sink: the name of one that is the logit of a further column for each head. lengths: of the sequences
-    that are packed or padded; both_ways: their tokens see what comes after them.
+    that are packed or padded; both_ways: their tokens see what comes after them. allow: what the policy allows.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Program:
     batch: int = 1
     longest: int = 1 << 20
     least: int = 0
+    allow: str = "exact"
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
@@ -323,6 +324,7 @@ PROGRAMS = (
     Program("document", document, document_mods, documents),
     Program("T5 bias", t5, t5_mods, t5_table, {"table": 1}, ("table",)),
     Program("FoX decay", fox, fox_mods, gates, {"gates": 0}, ("gates",)),
+    Program("FoX decay, pruned", fox, fox_mods, gates, {"gates": 0}, ("gates",), allow="bounded"),
     Program("sinks", sinks, causal_mods, sink_logits, {"sinks": 0}, ("sinks",), sink="sinks"),
     Program("window 1024", window, window_mods),
     Program("prefix-LM", prefix, prefix_mods, prefix_length),

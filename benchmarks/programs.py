@@ -80,7 +80,7 @@ class Competitor:
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor]) -> Tensor:
             return program.written(q, k, v, extra, sizes)
 
-        options: dict[str, Any] = m.attncomp_options(always=True, debug=False)
+        options: dict[str, Any] = m.attncomp_options(always=True, debug=False, allow=program.allow)
         return torch.compile(attend, backend=backend, options=options, dynamic=False)
 
     def _tensors(self) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:

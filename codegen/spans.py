@@ -42,14 +42,15 @@ from attncomp.expr import (
     walk,
 )
 from attncomp.plan import Plan
-from attncomp.spec import AttentionSpec, B, TensorInfo
+from attncomp.spec import AttentionSpec, B, H, TensorInfo
 from attncomp.variant import Inputs, Request
 
 BLOCK = 64
 """Positions in a block."""
 KEY_SPANS = "key_spans"
 """The captured tensor (B or 1, blocks of queries, 4) int32: the first possible key and the one after the last, the
-first certain key and the one after the last. There is one block more than the queries fill."""
+first certain key and the one after the last. There is one block more than the queries fill. Or the same of each head,
+(B or 1, H or 1, blocks of queries, 4)."""
 QUERY_SPANS = "query_spans"
 """The same of queries for blocks of keys; for the backward pass."""
 _SHORTEST = 512
@@ -72,6 +73,8 @@ class Range:
 
 def has_spans(request: Request) -> bool:
     """Whether the mask's spans are worth finding: data decides in it, and not for each pair by itself."""
+    if any(t.name == KEY_SPANS for t in request.spec.captured):
+        return True  # they are known
     residual = request.proof.residual
     lengths = [request.hints[axis] for axis in "ij"]
     return min(lengths) >= BLOCK and max(lengths) >= _SHORTEST and _says_something(residual)
@@ -329,10 +332,11 @@ def uses_spans(plan: Plan) -> bool:
 
 def span_reads(spec: AttentionSpec, tensor: str) -> tuple[tuple[Load, Load], ...]:
     """The four numbers of the blocks that the first and the last query (or key) of a tile are in."""
-    sequence = ZERO if spec.tensor(tensor).shape[0] == ONE else B
+    sizes = spec.tensor(tensor).shape[:-2]
+    sequence = [ZERO if size == ONE else axis for size, axis in zip(sizes, (B, H), strict=False)]
     ends = [Axis(f"{'i' if tensor == KEY_SPANS else 'j'}_{end}") for end in ("first", "last")]
     first, last = (
-        [Load(tensor, (sequence, floordiv(at, Const(BLOCK)), Const(n)), "int") for n in range(4)] for at in ends
+        [Load(tensor, (*sequence, floordiv(at, Const(BLOCK)), Const(n)), "int") for n in range(4)] for at in ends
     )
     return tuple(zip(first, last, strict=True))
 

@@ -11,6 +11,7 @@ from attncomp.codegen.variants.keys_first import KEYS_FIRST
 from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
+from attncomp.codegen.variants.tiled_pruned import TILED_PRUNED
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
 from attncomp.variant import Variant
 
@@ -25,6 +26,7 @@ VARIANTS: tuple[Variant, ...] = (
     KEYS_FIRST,
     TILED,
     TILED_CHECKED,
+    TILED_PRUNED,
     SPLIT_KV,
     BLOCKED,
     BLOCKED_KEYS,
