@@ -97,16 +97,16 @@ class Competitor:
 
     def prepare(self) -> Callable[[], Row]:
         before = len(attncomp.reports())
-        call = self._call()
-        tensors = self._tensors()
-        self._run(call, tensors)
+        call = self.call()
+        tensors = self.tensors()
+        self.run(call, tensors)
         sites = [s for r in attncomp.reports()[before:] for s in r.sites]
         variant = ", ".join(str(s.variant) if s.verdict == "rewritten" else f"kept: {s.reason}" for s in sites)
         del tensors
         m.release(self.sizes.device)
         return lambda: self._measure(call) | ({"variant": variant} if self.name == "attncomp" else {})
 
-    def _call(self) -> Callable[..., Tensor]:
+    def call(self) -> Callable[..., Tensor]:
         attend = self.of.attend
         if "chunk" in inspect.signature(attend).parameters and self.of.name != "Agent Attention":
             attend = partial(attend, chunk=max(self.sizes.n // CHUNKS, min(64, self.sizes.n // 4)))
@@ -119,7 +119,7 @@ class Competitor:
             return by_hand
         return m.compiled(attend, self.name, m.attncomp_options(always=True, debug=self.sizes.device == "cpu"))
 
-    def _tensors(self) -> Tensors:
+    def tensors(self) -> Tensors:
         return {
             name: self._laid_out(x).requires_grad_(self.training and x.is_floating_point())
             for name, x in self.of.inputs(self.sizes).items()
@@ -130,7 +130,7 @@ class Competitor:
         timed = x.dim() > 2 and x.shape[2] == self.sizes.n
         return x.transpose(1, 2).contiguous().transpose(1, 2) if timed else x
 
-    def _run(self, call: Callable[..., Tensor], tensors: Tensors) -> dict[str, Tensor]:
+    def run(self, call: Callable[..., Tensor], tensors: Tensors) -> dict[str, Tensor]:
         if not self.training:
             with torch.no_grad():
                 return {"out": call(**tensors)}
@@ -144,8 +144,8 @@ class Competitor:
         return {"out": out.detach(), **{f"d{n}": g for n, g in zip(learned, found, strict=True) if g is not None}}
 
     def _measure(self, call: Callable[..., Tensor]) -> Row:
-        tensors = self._tensors()
-        value = self._run(call, tensors)
+        tensors = self.tensors()
+        value = self.run(call, tensors)
         out = value["out"]
         learned = [x for x in tensors.values() if x.requires_grad]
         direction = torch.randn_like(out)

@@ -67,12 +67,14 @@ def add_before(change: Reach, since: torch.Tensor, inside: torch.Tensor) -> None
 def gate_gradient(reach: Reach, change: Reach, log: bool) -> torch.Tensor:
     """The gradient of the gates (or their logarithms) from those of their products."""
     if log:
-        total = change.since * reach.since
-        ends = change.to_end * reach.to_end
-        pairs = change.inside * reach.inside
-        total = total - ends + pairs.sum(3) - pairs.sum(2)
-        total[:, :, -1:] += ends.sum(2, keepdim=True) + change.whole * reach.whole
-        return total.flip(2).cumsum(2).flip(2)
+        # A logarithm is part of the products that begin before its row and end at it or later. Only those are added:
+        # what lies on one side of a gate that is nearly closed may be larger by any factor, and would take its digits.
+        pairs = (change.inside * reach.inside).flip(2).cumsum(2).flip(2)
+        ends = (change.to_end * reach.to_end)[:, :, :-1].cumsum(2)
+        total = (change.since * reach.since).flip(2).cumsum(2).flip(2) + change.whole * reach.whole
+        total[:, :, 1:] += ends
+        later = torch.ones(pairs.shape[2:4], dtype=torch.bool, device=pairs.device).tril(-1)[..., None]
+        return total + pairs.masked_fill(~later, 0.0).sum(3)
     # A column for the state in front of the chunk, at which all products of `since` begin.
     of_pairs = torch.cat([change.since[:, :, :, None], change.inside], 3)
     of_pairs[:, :, -1, :1] += change.whole

@@ -27,11 +27,13 @@ from benchmarks import (
     dispatch,
     dispatch_points,
     linear,
+    linear_systems,
     measure,
     models,
     picture,
     program_cases,
     programs,
+    recurrence_numerics,
     systems,
     workers,
     zoo,
@@ -143,6 +145,31 @@ def test_systems(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found) == 4
     assert all(line[-1].endswith("chunked_recurrence") for line in found)
     assert max(float(line[5]) for line in found) < 1e-5
+
+
+def test_recurrence_numerics(capsys: pytest.CaptureFixture[str]) -> None:
+    """In float32, of gates that are nearly closed or open too."""
+    recurrence_numerics.main(["--tiny", "--device", "cpu", "--dtypes", "float32", "--systems", "Gated retention|GLA"])
+    found = [row for row in rows(capsys.readouterr().out) if ", 48, " in row[0]]
+    assert len(found) == 2 * len(recurrence_numerics.GATES)
+    assert max(float(row[n].split()[0]) for row in found for n in (1, 2)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("system", "loop"),
+    [
+        ("RetNet", "RetNet, recurrent"),
+        ("GLA, parallel", "GLA"),
+        ("DeltaNet, chunks", "DeltaNet"),
+        ("Gated DeltaNet, chunks", "Gated DeltaNet"),
+        ("Kimi Delta Attention, chunks", "Kimi Delta Attention"),
+    ],
+)
+def test_references_of_recurrences(system: str, loop: str) -> None:
+    """The reference by chunks is the loop over time."""
+    of = systems.BY_NAME[loop]
+    tensors = of.inputs(linear_systems.Sizes(n=150, width=8, dtype=torch.float64))
+    torch.testing.assert_close(recurrence_numerics.reference(system, tensors), of.attend(**tensors))
 
 
 @pytest.mark.parametrize("program", program_cases.BY_NAME.values(), ids=lambda p: p.name)

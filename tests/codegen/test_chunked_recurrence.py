@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attncomp.codegen.ops import register_plan
+from attncomp.codegen.recurrence_chunk import Chunk, chunk_backward
 from attncomp.codegen.variants import VARIANTS
 from attncomp.codegen.variants.chunked_recurrence import CHUNKED_RECURRENCE
 from attncomp.expr import Const, Load, add, mul, op, sub, to_float
@@ -95,6 +97,28 @@ def test_a_factor_and_its_logarithm_are_one_gate() -> None:
         q, k, v, c0 = tensors.values()
         outs.append(CHUNKED_RECURRENCE.forward(plan_of(case.spec), Inputs(q, k, v, [c0], ()))[0])
     assert relative(outs[0], outs[1]) < 1e-12
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("width", [1, 8])
+def test_gradients_of_gates_that_are_nearly_closed(width: int, delta: bool) -> None:
+    """They are small beside what they are computed from, and as exact: in float32, gates of 1e-7 beside open ones."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, v, grad = torch.randn(4, 1, 2, 32, 8, generator=generator)
+    state, grad_state = torch.randn(2, 1, 2, 8, 8, generator=generator)
+    closed = torch.rand(1, 2, 32, width, generator=generator) < 0.5
+    gate = torch.where(closed, -16.0, -1e-3)
+    key = F.normalize(y, dim=-1)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        chunk = Chunk(x.to(dtype), key.to(dtype), v.to(dtype), gate.to(dtype))
+        if delta:
+            chunk = replace(chunk, erase=chunk.k, write=0.7 * chunk.k)
+        of_gate = chunk_backward(chunk, state.to(dtype), grad.to(dtype), grad_state.to(dtype)).gate
+        assert of_gate is not None
+        found[dtype] = of_gate[closed].double()
+    assert found[torch.float64].abs().max() < 1e-4
+    assert relative(found[torch.float32], found[torch.float64]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["token with states", "gated delta with states", "delta", "cumulated"])
