@@ -1,9 +1,8 @@
 """Capture of a graph whose layers repeat: each different stretch is traced once, and its copies are written down.
 
 Tracing costs torch about a millisecond a node, and several with symbolic sizes; the layers of a model differ only in
-their parameters. Two stretches of a Dynamo graph are the same if they have the same operations with the same arguments,
-read values of the same kind (shape, strides, dtype, device, gradients) in the same places, and are entered in the same
-gradient mode: then the tracer would see no difference, and one trace serves both.
+their parameters. Two stretches of a Dynamo graph between which a tracer would see no difference
+(`attncomp.passes.same_stretches`) are traced once.
 
 A trace says what its stretch mutates. Stretches are independent only if they mutate nothing that another one may see;
 if one does, nothing is returned and the graph is traced whole.
@@ -24,11 +23,11 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attncomp.passes.anchors import spellings
 from attncomp.passes.fast_paths import FAST_PATHS
-from attncomp.passes.repeats import Range, stretches
+from attncomp.passes.repeats import stretches
+from attncomp.passes.same_stretches import Describe, DifferentError, Stretch, keys_of, live_values, stretches_of
 from attncomp.passes.steps import Step, steps_of
 
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
@@ -41,10 +40,6 @@ _STATE = ("autocast", "inference_mode", "functorch", "_enter", "_exit", "vmap", 
 log = logging.getLogger("attncomp")
 
 
-class _DifferentError(Exception):
-    """The graph has something that this module does not take apart (internal: it is then traced whole)."""
-
-
 @dataclass(frozen=True)
 class Parts:
     """A functional graph with the placeholders of the Dynamo graph; its first outputs are the mutated values.
@@ -54,17 +49,6 @@ class Parts:
 
     graph: GraphModule
     targets: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """Consecutive nodes, the values they read from outside in order of first use, and those that are used later."""
-
-    nodes: tuple[Node, ...]
-    outside: tuple[Node, ...]
-    results: tuple[Node, ...]
-    grad: bool
-    key: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,7 @@ def capture_parts(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Seque
     """
     try:
         return _capture(dynamo_graph, inputs, marks)
-    except _DifferentError as reason:
+    except DifferentError as reason:
         log.debug("a graph is traced whole: %s", reason)
         return None
 
@@ -105,25 +89,25 @@ def _capture(dynamo_graph: GraphModule, inputs: Sequence[Any], marks: Sequence[N
     values = {n: n.meta.get("example_value") for n in (*placeholders, *nodes)}
     for node in nodes:
         if node.op not in ("call_function", "call_method") or any(part in spellings(node) for part in _STATE):
-            raise _DifferentError(f"{node.op} {node.target}")
+            raise DifferentError(f"{node.op} {node.target}")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise _DifferentError(f"the higher-order operator {node.target}")
+            raise DifferentError(f"the higher-order operator {node.target}")
     steps = steps_of(nodes, values)
     if steps:
         values |= _shared(steps, values)
         sources = {s.source for s in steps.values()}
         taken_apart = {n for n in nodes if n not in sources and n.users and all(u in steps for u in n.users)}
         nodes = [n for n in nodes if n not in steps and n not in taken_apart]
-    describe = _Describe(values, offsets=not steps)
+    describe = Describe(values, offsets=not steps)
     position = {n: i for i, n in enumerate(nodes)}
     if steps:
         marks = sorted({u for n in steps for u in list(n.users)[:1] if u in position}, key=position.__getitem__)
     ranges = stretches(
-        _keys(nodes, describe), [position[m] for m in marks if m in position], _live(nodes, output, values)
+        keys_of(nodes, describe), [position[m] for m in marks if m in position], live_values(nodes, output, values)
     )
     if len(ranges) < 2:
         return None
-    parts = _parts(nodes, steps, ranges, describe)
+    parts = stretches_of(nodes, steps, ranges, describe)
     if len({p.key for p in parts}) == len(parts):
         return None
     return _assembled(dict(zip(placeholders, inputs, strict=True)), output, parts, values, steps)
@@ -137,178 +121,8 @@ def _shared(steps: Mapping[Node, Step], values: Mapping[Node, Any]) -> dict[Node
         value = values[node]
         like = found[node] = first.setdefault(step.kind(), value)
         if not _alike(like, value) or like.requires_grad != value.requires_grad:
-            raise _DifferentError(f"{node} is not like other steps")
+            raise DifferentError(f"{node} is not like other steps")
     return found
-
-
-# -- what a stretch is ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Float:
-    """A number known only at run time; which one makes no difference to a tracer, unless it asks for the value."""
-
-    expr: Any
-
-
-class _Describe:
-    """Values and arguments as keys: equal only if a tracer can't tell them apart.
-
-    offsets: whether it matters where in a storage a view begins; to a tracer of steps it does not.
-    """
-
-    def __init__(self, values: Mapping[Node, Any], offsets: bool) -> None:
-        self.values = values
-        self._offsets = offsets
-        self._known: dict[Node, Any] = {}
-
-    def value(self, node: Node) -> Any:
-        """What a tracer sees of the value that a node stands for."""
-        found = self._known.get(node)
-        if found is None:
-            found = self._known[node] = self._of(self.values[node])
-        return found
-
-    def kind(self, node: Node) -> Any:
-        """`value`, with all run-time floats alike."""
-        found = self.value(node)
-        return _Float if isinstance(found, _Float) else found
-
-    def _of(self, x: Any) -> Any:
-        if isinstance(x, FakeTensor):
-            if type(x) is not FakeTensor and not isinstance(x, torch.nn.Parameter):
-                raise _DifferentError(f"a {type(x).__name__}")
-            sizes: tuple[Any, ...] = tuple(x.shape)
-            if x.layout is torch.strided:
-                sizes = (*sizes, *x.stride(), *((x.storage_offset(),) if self._offsets else ()))
-            flags = (x.requires_grad, x.is_inference(), x.is_conj(), x.is_neg(), isinstance(x, torch.nn.Parameter))
-            return (x.dtype, x.device, x.layout, flags, tuple(map(self._size, sizes)))
-        if isinstance(x, int | torch.SymInt) and not isinstance(x, bool):
-            return ("size", self._size(x))
-        if isinstance(x, tuple | list):
-            return (type(x), tuple(self._of(y) for y in x))
-        if x is None or isinstance(x, bool | float | str | torch.dtype | torch.device):
-            return (type(x), repr(x))
-        if isinstance(x, torch.SymFloat):
-            return _Float(x.node.expr)
-        if isinstance(x, torch.SymBool):
-            return (type(x), x.node.expr)
-        raise _DifferentError(f"a value of type {type(x).__name__}")
-
-    def _size(self, x: Any) -> Any:
-        if isinstance(x, torch.SymInt):
-            if free_unbacked_symbols(x):
-                raise _DifferentError(f"the size {x}, which depends on data")
-            return x.node.expr
-        return int(x)
-
-    def argument(self, x: Any, of_node: Any) -> Any:
-        """An argument of an operation, with `of_node` saying what stands for a node in it."""
-        if isinstance(x, Node):
-            return of_node(x)
-        if isinstance(x, tuple | list):
-            return (type(x).__name__, tuple(self.argument(y, of_node) for y in x))
-        if isinstance(x, dict):
-            return ("dict", tuple((k, self.argument(y, of_node)) for k, y in x.items()))
-        if isinstance(x, slice):
-            return ("slice", *(self.argument(y, of_node) for y in (x.start, x.stop, x.step)))
-        if x is None or x is Ellipsis or isinstance(x, bool | int | float | complex | str | torch.dtype | torch.device):
-            return (type(x), repr(x))
-        if isinstance(x, torch.layout | torch.memory_format):
-            return (type(x), str(x))
-        raise _DifferentError(f"an argument of type {type(x).__name__}")
-
-    def operation(self, node: Node, of_node: Any) -> Any:
-        arguments = (self.argument(node.args, of_node), self.argument(node.kwargs, of_node))
-        return (node.op, node.target, arguments)
-
-
-def _keys(nodes: Sequence[Node], describe: _Describe) -> list[int]:
-    """A number for each node, equal where operation, arguments and their kinds are: what looks the same from nearby."""
-    numbers: dict[Any, int] = {}
-    keys = []
-    for node in nodes:
-        key = (describe.operation(node, describe.kind), describe.kind(node))
-        keys.append(numbers.setdefault(key, len(numbers)))
-    return keys
-
-
-def _live(nodes: Sequence[Node], output: Node, values: Mapping[Node, Any]) -> list[int | None]:
-    """For each position and the end: the values that are made before it and used from there on; None for a bad cut."""
-    position = {n: i for i, n in enumerate(nodes)}
-    change = [0] * (len(nodes) + 2)
-    bad = [0] * (len(nodes) + 2)
-    for i, node in enumerate(nodes):
-        last = max((position.get(u, len(nodes)) for u in node.users), default=i)
-        for counts in (change,) if _crosses(values[node]) else (change, bad):
-            counts[i + 1] += 1
-            counts[last + 1] -= 1
-    found: list[int | None] = []
-    count = barred = 0
-    for at in range(len(nodes) + 1):
-        count, barred = count + change[at], barred + bad[at]
-        found.append(None if barred and at < len(nodes) else count)
-    return found
-
-
-def _crosses(x: Any) -> bool:
-    return isinstance(x, FakeTensor | torch.SymInt)
-
-
-def _with_steps(nodes: Sequence[Node], steps: Mapping[Node, Step]) -> list[Node]:
-    """The nodes of a stretch, and the steps that it takes of tensors that it makes (with what unbinds these)."""
-    made: dict[Node, None] = {}
-    own = set(nodes)
-    for node in nodes:
-        for a in node.all_input_nodes:
-            if a in steps and steps[a].source in own:
-                made |= dict.fromkeys((*a.all_input_nodes, a))
-        made[node] = None
-    return list(made)
-
-
-def _parts(
-    nodes: Sequence[Node], steps: Mapping[Node, Step], ranges: Sequence[Range], describe: _Describe
-) -> list[_Stretch]:
-    grad = torch.is_grad_enabled()
-    found = []
-    taken: dict[Node, list[Node]] = {}
-    for node, step in steps.items():
-        taken.setdefault(step.source, []).append(node)
-    for low, high in ranges:
-        inside = {n: i for i, n in enumerate(_with_steps(nodes[low:high], steps))}
-        outside: dict[Node, int] = {}
-        floats: dict[Any, int] = {}
-
-        def value(n: Node, floats: dict[Any, int] = floats) -> Any:
-            found = describe.value(n)
-            return ("float", floats.setdefault(found, len(floats))) if isinstance(found, _Float) else found
-
-        def of_node(n: Node, inside: dict[Node, int] = inside, outside: dict[Node, int] = outside) -> Any:
-            if n in inside:
-                return ("inside", inside[n])
-            return ("outside", outside.setdefault(n, len(outside)))
-
-        operations = tuple(describe.operation(n, of_node) for n in inside)
-        results = tuple(
-            n
-            for n in inside
-            if _crosses(describe.values[n]) and any(u not in inside for u in (*n.users, *taken.get(n, ())))
-        )
-        key = (
-            operations,
-            tuple(map(value, outside)),
-            tuple((inside[n], value(n)) for n in results),
-            grad,
-        )
-        found.append(_Stretch(tuple(inside), tuple(outside), results, grad, key))
-        for n in inside:
-            if n.target is torch._C._set_grad_enabled:
-                grad = bool(n.args[0])
-    return found
-
-
-# -- tracing and writing down -----------------------------------------------------------------------------------------
 
 
 def _as_input(known: Any, value: Any) -> Any:
@@ -323,13 +137,13 @@ def _faked(x: torch.Tensor) -> torch.Tensor:
     """An input of fixed shape, as the tracer will see it."""
     mode = detect_fake_mode([x])
     if mode is None:
-        raise _DifferentError("the graph is not traced with fake tensors")
+        raise DifferentError("the graph is not traced with fake tensors")
     with mode:
         found: torch.Tensor = (x if isinstance(x, FakeTensor) else mode.from_tensor(x, static_shapes=True)).detach()
     return found
 
 
-def _traced(part: _Stretch, given: Sequence[Any], values: Mapping[Node, Any]) -> _Trace:
+def _traced(part: Stretch, given: Sequence[Any], values: Mapping[Node, Any]) -> _Trace:
     graph = Graph()
     copies: dict[Node, Node] = {}
     for n, node in enumerate(part.outside):
@@ -341,7 +155,7 @@ def _traced(part: _Stretch, given: Sequence[Any], values: Mapping[Node, Any]) ->
     graph.output(tuple(copies[n] for n in part.results))
     module = GraphModule({}, graph)
     if not all(isinstance(x, torch.Tensor | torch.SymInt | int) for x in given):
-        raise _DifferentError("a value that is no tensor crosses stretches")
+        raise DifferentError("a value that is no tensor crosses stretches")
     before = torch.is_grad_enabled()
     guards = _guards(given)
     torch._C._set_grad_enabled(part.grad)
@@ -354,19 +168,19 @@ def _traced(part: _Stretch, given: Sequence[Any], values: Mapping[Node, Any]) ->
     assert isinstance(exported, GraphModule)
     places = [n for n in exported.graph.nodes if n.op == "placeholder"]
     if len(places) != len(given) or signature.buffers_to_mutate:
-        raise _DifferentError("inputs of a stretch were lost")
+        raise DifferentError("inputs of a stretch were lost")
     at = {n.name: i for i, n in enumerate(places)}
     results = list(next(n for n in reversed(exported.graph.nodes) if n.op == "output").args[0])
     mutated = []
     for value, place in signature.user_inputs_to_mutate.items():
         node = results.pop(0)
         if not isinstance(node, Node) or node.name != str(value) or node.op == "placeholder":
-            raise _DifferentError(f"the mutation {value} of {place}")
+            raise DifferentError(f"the mutation {value} of {place}")
         mutated.append((node, at[str(place)]))
     sources = {n: own[name] for n in exported.graph.nodes for name in [_source(n)] if name in own}
     for node, result in zip(part.results, results, strict=True):
         if not isinstance(result, Node) or not _alike(values[node], result.meta.get("val")):
-            raise _DifferentError(f"{node} was traced as {result}")
+            raise DifferentError(f"{node} was traced as {result}")
     return _Trace(exported, tuple(results), tuple(mutated), sources, _guards(given) != guards)
 
 
@@ -394,7 +208,7 @@ def _alike(x: Any, y: Any) -> bool:
 def _assembled(
     inputs: Mapping[Node, Any],
     output: Node,
-    parts: Sequence[_Stretch],
+    parts: Sequence[Stretch],
     values: Mapping[Node, Any],
     steps: Mapping[Node, Step],
 ) -> Parts:
@@ -450,7 +264,7 @@ def _assembled(
                 if not hasattr(root, name):
                     value = getattr(trace.graph, str(node.target))
                     if not isinstance(value, torch.Tensor):
-                        raise _DifferentError(f"the constant {node.target}")
+                        raise DifferentError(f"the constant {node.target}")
                     setattr(root, name, value)
                 new.target = name
             new.meta = dict(node.meta)
@@ -464,26 +278,26 @@ def _assembled(
         for value, n in trace.mutated:
             place = part.outside[n]
             if steps:
-                raise _DifferentError(f"{place} is mutated, of which there may be steps")
+                raise DifferentError(f"{place} is mutated, of which there may be steps")
             if not _private(place, part, parts, inputs, output, values):
-                raise _DifferentError(f"{place} is mutated, and may be seen elsewhere")
+                raise DifferentError(f"{place} is mutated, and may be seen elsewhere")
             mutated[place] = copies[value]
     for node in inputs:  # nothing read it
         made[node].meta.setdefault("val", values[node])
     results = torch.fx.node.map_arg(output.args[0], written)
     if not isinstance(results, tuple | list):
-        raise _DifferentError("the output is no tuple")
+        raise DifferentError("the output is no tuple")
     graph.output((*mutated.values(), *results))
     named = {value.name: made[place].name for place, value in mutated.items()}
     if len(named) < len(mutated):
-        raise _DifferentError("one value is stored into two inputs")
+        raise DifferentError("one value is stored into two inputs")
     return Parts(GraphModule(root, graph), named)
 
 
 def _private(
     place: Node,
-    part: _Stretch,
-    parts: Sequence[_Stretch],
+    part: Stretch,
+    parts: Sequence[Stretch],
     inputs: Mapping[Node, Any],
     output: Node,
     values: Mapping[Node, Any],
