@@ -38,16 +38,19 @@ HOPPER = "hopper_forward.py.jinja"
 
 QUEUE = "queue"
 """The argument that counts the tiles that were taken, where whoever is free takes the next; it starts at 0."""
-_RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
+_RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "full", "free")
 
 
 def hopper_arguments(plan: Plan) -> Arguments:
-    """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and `Schedule.near`."""
+    """The arguments of ``forward``: those of the plain kernel, the number of sequences NB, and of the `Schedule` NEAR
+    and, where tiles are uneven, TILES.
+    """
     tile = plan.params["hopper"]
     own = (*forward_tensors(plan.spec), *((QUEUE,) if tile.get("queue") else ()))
     reads = tile_reads(plan.spec, plan.proof)
     tiles = tuple(Described(r.descriptor, r.tensor, "rows", tile["block_n"], r.rank) for r in reads)
-    found = arguments_of(plan, own, own[:3], ("NB", "NEAR"), descriptors=True, tiles=tiles)
+    lengths = ("NB", "NEAR", "TILES") if tile.get("uneven") else ("NB", "NEAR")
+    found = arguments_of(plan, own, own[:3], lengths, descriptors=True, tiles=tiles)
     described = tuple(replace(d, rows="rows") if d.tensor == "q" else d for d in found.described)
     return replace(found, described=described)
 
@@ -125,6 +128,7 @@ def hopper_source(plan: Plan) -> str:
         block_n=tile["block_n"],
         rows=tile["rows"],
         consumers=tile["block_m"] // tile["rows"],
+        uneven=bool(tile.get("uneven")),
         stages=tile["num_stages"],
         functions=printer.functions | ranges.functions,
         range_rows=bool(limits["first"] or limits["last"]),

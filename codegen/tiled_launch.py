@@ -144,12 +144,12 @@ class Launcher:
         q, k, v = (named[name] for name in FORWARD_INPUTS)
         batch, heads, queries, _ = q.shape
         kernel = self._load("forward", named)["forward"]
-        tiles = _tiles(queries, kernel.block_m)
-        grid = tiles * batch * heads
+        grid = _tiles(queries, kernel.block_m) * batch * heads
         lengths = {"TQ": queries, "TK": k.shape[2], "NB": batch}
-        if kernel.scheduled:
+        if kernel.scheduled and grid:
             kv_bytes = (k.numel() + v.numel()) * k.element_size()
-            grid, lengths["NEAR"] = schedule(self.plan, tiles, batch * heads, kv_bytes, _multiprocessors(q.device))
+            found = schedule(self.plan, queries, batch * heads, kv_bytes, _multiprocessors(q.device))
+            grid, lengths["NEAR"], lengths["TILES"] = found
         return {"forward": kernel.prepare(grid, named, lengths, sizes)} if grid else {}
 
     def backward(self, named: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, PreparedLaunch]:

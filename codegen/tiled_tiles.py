@@ -76,6 +76,8 @@ _GLUON = ((3, 6), (3, 9))
 _HOPPER_WIDTHS = (64, 128)
 _ROWS = 64
 """Queries of one group of four warps of ``hopper_forward``: what one instruction multiplies."""
+_LONG = 2048
+"""Keys from which on tiles of three such groups are used."""
 
 
 def knows_gluon() -> bool:
@@ -128,9 +130,12 @@ def hopper_tile(spec: AttentionSpec, proof: MaskProof, hardware: Hardware, *, sp
         # where the plain kernel took 0.382, at width 128; at 64 it took 0.240 and 0.239.
         return None
     if not wide and proof.residual == TRUE and has_even_tiles(spec, proof) and exponent_of(spec).scale is not None:
-        # Bound by exponentials, which several small programs on a multiprocessor keep as busy: on an H100 0.160 ms and
-        # 0.163 at 4k without a mask, but 2.59 and 2.36 at 16k.
-        return None
+        length = spec.size("j")
+        if proof.key_lo != ZERO or proof.key_hi != length or not isinstance(length, Const) or length.value < _LONG:
+            return None  # a window of 1k in 4k tokens: 0.052 ms on an H100 plainly, and 0.065
+        # As many exponentials as products: three groups keep both units busier than two. The plain kernel took 0.165 ms
+        # on an H100 at 4k, this one 0.136; 2.41 and 2.10 at 16k.
+        return {"block_m": 3 * _ROWS, "rows": _ROWS, "block_n": 128, "num_warps": 4, "num_stages": 3, "uneven": 1}
     # Longer programs want registers: on an H100 a softcap at width 128 took 0.194 ms with 64 keys, 0.232 with 128. So
     # do programs that read for each key, beside a mask that compares what is read of queries and of keys.
     program = exponent_of(spec).program
@@ -301,9 +306,9 @@ of the plain backward 496 and 465. The others are prior estimates, to be calibra
 _HOPPER_BACKWARD_EFFICIENCY = {"hopper": 0.71, "hopper, narrow": 0.59}
 """The same of the backward kernels made for Hopper. Measured by benchmarks/tiles.py at 4k tokens: ``keys`` 731 TFLOP/s
 at width 128 and 590 at 64, ``queries`` 731 and 612."""
-_HOPPER_EFFICIENCY = {"hopper": 0.65, "hopper, narrow": 0.46}
-"""The same of ``hopper_forward``, measured there with 4k to 16k tokens: 594 to 693 TFLOP/s at width 128, and 411 to 474
-at 64 under a causal mask."""
+_HOPPER_EFFICIENCY = {"hopper": 0.65, "hopper, narrow": 0.46, "uneven": 0.52}
+"""The same of ``hopper_forward``, measured there with 4k to 16k tokens: 594 to 693 TFLOP/s at width 128, 411 to 474 at
+64 under a causal mask, and 507 to 524 there in uneven tiles."""
 
 
 _IN_PARTS = 0.86
@@ -348,7 +353,10 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
     spec, hints = request.spec, request.hints
     b, h, i, j, d, e = (hints[axis] for axis in ("b", "h", "i", "j", "d", "e"))
     item = _BYTES[spec.dtype]
-    visited, above = _visited(request.proof, request, tiles.get("forward", tiles.get("queries", {})))
+    forward = tiles.get("forward", tiles.get("queries", {}))
+    if forward.get("uneven"):  # of as many queries as come out even
+        forward = {**forward, "block_m": forward["rows"]}
+    visited, above = _visited(request.proof, request, forward)
     pairs = b * h * visited
     kv_heads = max(1, h // (spec.group or 1))
     queries, keys = b * h * i * item, b * kv_heads * j * item
@@ -364,8 +372,9 @@ def tiled_work(request: Request, tiles: dict[str, Tile], precision: str) -> Work
         made_for_hopper = tiles.get(f"hopper_{name}")
         tile = made_for_hopper or tiles[name]
         shares = _HOPPER_BACKWARD_EFFICIENCY if made_for_hopper else _KERNEL_EFFICIENCY
-        efficiency = (_HOPPER_EFFICIENCY if "rows" in tile else shares)[row]
-        programs = b * kv_heads * -(-j // tile["block_n"]) if name == "keys" else b * h * -(-i // tile["block_m"])
+        efficiency = (_HOPPER_EFFICIENCY if "rows" in tile else shares)["uneven" if tile.get("uneven") else row]
+        owned = tile["rows"] if tile.get("uneven") else tile["block_m"]
+        programs = b * kv_heads * -(-j // tile["block_n"]) if name == "keys" else b * h * -(-i // owned)
         if max(len(width_parts(w)) for w in (d, e)) > 1:
             efficiency *= _IN_PARTS
         waited = 0.0

@@ -15,7 +15,7 @@ import pytest
 from attncomp.codegen import ops, tiled_launch, tiled_tiles
 from attncomp.codegen.compile import cross_compile, has_triton, interprets, signature_of
 from attncomp.codegen.hopper_backward_source import hopper_backward_source
-from attncomp.codegen.hopper_schedule import Schedule, schedule, turns
+from attncomp.codegen.hopper_schedule import schedule, turns, uneven_tiles
 from attncomp.codegen.hopper_source import QUEUE, hopper_arguments, hopper_source
 from attncomp.codegen.launch import box_layout
 from attncomp.codegen.spans import spanned_plan
@@ -62,8 +62,11 @@ TAKEN = (
     "padding_finfo_min", "padding_float_minus_inf", "documents", "sink", "offset", "uniform", "odd_functions",
     "stripes", "proven_image", "proven_frames", "proven_local_or_summary", "symbolic",
 )  # fmt: skip
-AT_128 = ("dense_bias", "plain", "window", "causal_window", "short_keys", "proven_neighbourhood", "proven_neighbours")
-INSTANCES = [(name, width) for name in TAKEN for width in (64, 128)] + [(name, 128) for name in AT_128]
+UNEVEN = ("plain",)
+"""At width 64 and many keys three groups of warps have a tile of queries, or fewer."""
+LONG = 2080
+AT_128 = ("dense_bias", "window", "causal_window", "short_keys", "proven_neighbourhood", "proven_neighbours")
+INSTANCES = [(name, width) for name in (*TAKEN, *UNEVEN) for width in (64, 128)] + [(name, 128) for name in AT_128]
 LEFT = (
     "dense_bias_shared",
     "relative_buckets",
@@ -96,8 +99,10 @@ def planned(case: Case) -> Plan:
 
 @pytest.mark.parametrize(("name", "width"), INSTANCES)
 def test_taken(name: str, width: int) -> None:
-    tile = offered(find(name, width)).params["hopper"]
-    assert tile["block_m"] == 2 * tile["rows"]
+    tile = offered(find(name, width, length=LONG)).params["hopper"]
+    uneven = name in UNEVEN and width == 64
+    assert tile["block_m"] == (3 if uneven else 2) * tile["rows"]
+    assert ("uneven" in tile) == uneven
 
 
 @pytest.mark.parametrize(
@@ -327,23 +332,50 @@ def test_what_comes_in_tiles(load: Load, shape: tuple[int, ...], dtype: str, mor
 @pytest.mark.parametrize(
     ("name", "tiles", "kv_bytes", "expected"),
     [
-        ("plain", 32, 32 << 20, Schedule(132, 5)),  # all tiles alike: programs stay, as few heads as are needed at once
-        ("plain", 128, 128 << 20, Schedule(132, 2)),
-        ("causal", 32, 32 << 20, Schedule(132, 16)),  # dealt out by length over all heads
-        ("causal", 64, 64 << 20, Schedule(132, 16)),
-        ("causal", 128, 128 << 20, Schedule(2048, 2)),  # by the hardware
-        ("causal", 128, 33 << 20, Schedule(2048, 2)),
-        ("documents", 32, 32 << 20, Schedule(132, 16)),
-        ("queue", 32, 32 << 20, Schedule(132, 16)),  # of documents: neighbours read the same keys
-        ("queue", 256, 256 << 20, Schedule(132, 16)),
-        ("padding_zero", 32, 32 << 20, Schedule(132, 5)),
-        ("causal", 2, 1 << 20, Schedule(32, 16)),  # fewer tiles than multiprocessors
-        ("plain", 2, 1 << 20, Schedule(32, 16)),
+        ("plain", 32, 32 << 20, (132, 5)),  # all tiles alike: programs stay, as few heads as are needed at once
+        ("plain", 128, 128 << 20, (132, 2)),
+        ("causal", 32, 32 << 20, (132, 16)),  # dealt out by length over all heads
+        ("causal", 64, 64 << 20, (132, 16)),
+        ("causal", 128, 128 << 20, (2048, 2)),  # by the hardware
+        ("causal", 128, 33 << 20, (2048, 2)),
+        ("documents", 32, 32 << 20, (132, 16)),
+        ("queue", 32, 32 << 20, (132, 16)),  # of documents: neighbours read the same keys
+        ("queue", 256, 256 << 20, (132, 16)),
+        ("padding_zero", 32, 32 << 20, (132, 5)),
+        ("causal", 2, 1 << 20, (32, 16)),  # fewer tiles than multiprocessors
+        ("plain", 2, 1 << 20, (32, 16)),
     ],
 )
-def test_schedule(name: str, tiles: int, kv_bytes: int, expected: Schedule) -> None:
+def test_schedule(name: str, tiles: int, kv_bytes: int, expected: tuple[int, int]) -> None:
     case = find("documents", 128, length=640) if name == "queue" else find(name, 128)
-    assert schedule(plan_of(case, "cuda"), tiles, 16, kv_bytes, 132) == expected
+    assert schedule(plan_of(case, "cuda"), 128 * tiles - 5, 16, kv_bytes, 132) == (*expected, tiles)
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "expected"),
+    [
+        (64, 16, 24),  # 4k tokens: three turns of 132 programs, of three and two groups
+        (128, 16, 49),
+        (256, 16, 90),
+        (64, 32, 24),
+        (8, 16, 8),  # a group each
+        (1, 1000, 1),
+        (2, 1000, 1),
+        (1, 1, 1),
+    ],
+)
+def test_uneven_tiles(groups: int, heads: int, expected: int) -> None:
+    tiles = uneven_tiles(groups, 3, heads, 132)
+    assert tiles == expected
+    assert groups <= 3 * tiles
+    assert tiles <= groups
+
+
+def test_uneven_schedule() -> None:
+    plan = plan_of(find("plain", 64, length=LONG), "cuda")
+    assert schedule(plan, 4096, 16, 16 << 20, 132) == (132, 16, 24)
+    assert schedule(plan, 4096, 64, 64 << 20, 132) == (132, 33, 22)
+    assert schedule(plan, 5, 2, 1 << 20, 132) == (2, 2, 1)
 
 
 @pytest.mark.parametrize("grid", [1, 7, 132, 23 * 5])
@@ -429,7 +461,7 @@ def dumped(binary: bytes, option: str, directory: Path) -> str:
     ).stdout
 
 
-_QUICK = (("causal", 128), ("dense_bias", 128), ("documents", 128), ("window", 128))
+_QUICK = (("causal", 128), ("dense_bias", 128), ("documents", 128), ("window", 128), ("plain", 64))
 
 
 @pytest.mark.skipif(interprets(), reason="needs Triton's compiler")
@@ -441,7 +473,9 @@ _QUICK = (("causal", 128), ("dense_bias", 128), ("documents", 128), ("window", 1
         if n not in ("uniform", "short_keys")  # no exponentials of scores, and no loop
     ],
 )
-def test_compiles_with_overlap_and_without_spilled_tiles(name: str, width: int, tmp_path: Path) -> None:
+def test_compiles_without_waits_between_products_and_without_spilled_tiles(
+    name: str, width: int, tmp_path: Path
+) -> None:
     plan = planned(find(name, width, length=3840))
     if "hopper" not in plan.params:
         assert plan.params["spans"]
@@ -451,16 +485,19 @@ def test_compiles_with_overlap_and_without_spilled_tiles(name: str, width: int, 
     stack = re.search(r"STACK:(\d+)", dumped(kernel.asm["cubin"], "-res-usage", tmp_path))
     assert stack is not None
     assert int(stack[1]) <= _STACK
-    # Between the wait for scores and the wait for the output's sum stand the exponentials of a tile: the tensor cores
-    # work meanwhile. A compiler that moves them behind the second wait undoes that.
+    # The scores of a step and the product of the last weights are under way together: a compiler that makes each
+    # instruction wait for the one before leaves the tensor cores idle meanwhile. Behind the wait come the exponentials.
     code = dumped(kernel.asm["cubin"], "-sass", tmp_path)
-    _, *steps = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    width, keys = width // 16, plan.params["hopper"]["block_n"] // 16
+    pieces = code.split("WARPGROUP.DEPBAR")
+    products = [piece.count("HGMMA") for piece in pieces]
+    assert set(products) <= {0, width, keys, width + keys}
+    steps = [n for n, count in enumerate(products) if count == width + keys]
     assert len(steps) >= 2
-    for step in steps:
-        before, found, _ = step.partition("WARPGROUP.DEPBAR.LE gsb0, 0x0")
-        assert found
-        assert len(re.findall(r"\b(?:LDL|STL)\b", before)) <= _SPILLED
-        assert before.count("MUFU.EX2") >= plan.params["hopper"]["block_n"] // 2
+    for n in steps:
+        after = "".join(pieces[n + 1 : n + 3])
+        assert len(re.findall(r"\b(?:LDL|STL)\b", pieces[n] + after)) <= _SPILLED
+        assert after.count("MUFU.EX2") >= plan.params["hopper"]["block_n"] // 2
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

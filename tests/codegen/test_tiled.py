@@ -247,8 +247,8 @@ def test_tiles_fit_the_device(hardware: Any, dtype: str, width: int) -> None:
 
 
 def test_work_counts_the_visited_tiles() -> None:
-    spec = plain_spec(batch=1, heads=1, query=4096, key=4096, width=64, dtype="bfloat16")
-    hints = dict(zip("bhijde", (1, 1, 4096, 4096, 64, 64), strict=True))
+    spec = plain_spec(batch=1, heads=16, query=4096, key=4096, width=64, dtype="bfloat16")
+    hints = dict(zip("bhijde", (1, 16, 4096, 4096, 64, 64), strict=True))
     full = Request(spec, MaskProof("none", ZERO, spec.size("j"), ZERO, spec.size("i")), "cuda", H100_SXM, hints)
     causal = Request(spec, MaskProof("causal", ZERO, add(I, ONE), J, spec.size("i")), "cuda", H100_SXM, hints)
     tile = {"block_m": 128, "block_n": 128}
