@@ -20,7 +20,20 @@ def marks(graph: GraphModule) -> list[Node]:
     return []
 
 
-_CONTRACTIONS = ("matmul", "mm", "einsum", "dot", "inner", "cumsum", "sum", "conv", "attention", "outer")
+_CONTRACTIONS = (
+    "matmul",
+    "mm",
+    "einsum",
+    "dot",
+    "inner",
+    "cumsum",
+    "sum",
+    "conv",
+    "attention",
+    "outer",
+    "_remove_batch_dim",
+)
+"""The last ends a stretch under vmap, of which ``associative_scan`` makes its tree."""
 
 
 def may_hold_attention(graph: GraphModule) -> bool:

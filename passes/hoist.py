@@ -68,7 +68,9 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
 def is_hoistable(place: Node) -> bool:
     """Whether a place collects results of one elementwise function: what is inside of it is to be looked at first."""
     rows = rows_of(place)
-    return rows is not None and all(name_of(n) == name_of(rows[0]) for n in rows) and name_of(rows[0]) in POINTWISE
+    if rows is None or name_of(rows[0]) not in POINTWISE or any(name_of(n) != name_of(rows[0]) for n in rows):
+        return False
+    return len(rows) < 2 or rows[0] not in ancestors(rows[1])  # states, of which one is made of the other
 
 
 def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:

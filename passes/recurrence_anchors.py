@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from attncomp.passes.field_rules import RULES
-from attncomp.passes.nodes import arguments, name_of, value_of
+from attncomp.passes.nodes import ancestors, argument, arguments, name_of, value_of
 
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _PIECES = 3
@@ -55,10 +55,24 @@ def places(graph: Graph) -> list[Place]:
             stepwise = _is_end(node) and _scatters(node) >= 2 and _rank(node) >= 3
         else:
             stepwise = False
-        if stepwise or (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node)):
+        parallel = (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node))
+        if stepwise or parallel or (name == "stack" and _interleaves(node)):
             found.append(Place(node, tuple(_below(node)), stepwise))
             since[node] = 0
+    inner = {p.node for p in found if _interleaves(p.node)}
+    if len(inner) > 1:  # the levels of a tree: the last one is its result
+        inner &= set[Node]().union(*map(ancestors, inner))
+        found = [p for p in found if p.node not in inner]
     return found
+
+
+def _interleaves(node: Node) -> bool:
+    """Whether a node brings the even and the odd states of an ``associative_scan`` together."""
+    if name_of(node) != "stack" or _rank(node) < 5 or not node.users:
+        return False
+    parts = arguments(node)[0]
+    dim = argument(node, 1, "dim", 0)
+    return len(parts) == 2 and dim == 1 and all(name_of(u) in ("view", "reshape", "flatten") for u in node.users)
 
 
 def _chained(depths: list[int]) -> bool:

@@ -27,6 +27,7 @@ from attncomp.passes.nodes import ancestors, name_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
 from attncomp.passes.powers import Power, assume_powers, put_back_powers
+from attncomp.passes.scans import Scan, write_out_scans
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.sizes import size_hints
 from attncomp.passes.verify import numeric_difference, verify_metadata
@@ -92,9 +93,12 @@ class _Run:
     clock: _Clock = field(default_factory=lambda: _Clock())
 
     def graph(
-        self, dynamo_graph: GraphModule, inputs: Sequence[Any], one_plan: str
+        self, dynamo_graph: GraphModule, inputs: Sequence[Any], one_plan: str, scans: bool = True
     ) -> tuple[Captured | Rejection | None, list[SiteReport]]:
-        """The graph, rewritten (None: nothing in it can be attention), and its sites."""
+        """The graph, rewritten (None: nothing in it can be attention), and its sites.
+
+        scans: whether to look into them.
+        """
         unread = without_strides(dynamo_graph)
         if not may_hold_attention(dynamo_graph):  # that of nested tensors may be outside, where Dynamo breaks the graph
             return (unread if unread is not None and unread.code == NESTED else None), []
@@ -105,7 +109,11 @@ class _Run:
         graph = captured.graph
         values = Values.of(graph, (*captured.lifted, *inputs))
         powers = assume_powers(graph, values.inputs)
+        written = write_out_scans(graph) if scans else []
         found = lift(graph)
+        if lost := [s for s in written if not s.is_found(found)]:
+            _put_back_scans(graph, lost)
+            found = lift(graph)
         self.clock.stage("lift")
         traces: Traces = {}
         assumed = [_assumed(item, powers) for item in found]
@@ -124,7 +132,11 @@ class _Run:
         put_back_powers(graph, powers)
         if self.apply:
             put_back(graph)
+            for scan in written:
+                scan.put_back()
             _remove_dead(graph)
+            if any(s.is_left() for s in written):  # a loop of that length is nothing for the compiler
+                return self.graph(dynamo_graph, inputs, one_plan, scans=False)
             restore_segments(graph, captured.segments)
         self.clock.stage("lower")
         for body in bodies(graph):
@@ -189,6 +201,15 @@ class _Clock:
 
     def taken(self) -> tuple[tuple[str, float], ...]:
         return tuple(self.stages.items())
+
+
+def _put_back_scans(graph: GraphModule, scans: Sequence[Scan]) -> None:
+    """Take written-out steps out of the graph again."""
+    for scan in scans:
+        scan.put_back()
+        for node in reversed(scan.made):
+            if not node.users and not node._erased:
+                graph.graph.erase_node(node)
 
 
 def _assumed(item: Site | Missed, powers: Sequence[Power]) -> list[Power]:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attncomp.passes.nodes import called
+
 _ENTER, _LEAVE = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
 _LOAD = predispatch.lazy_load_decompositions
 
@@ -68,6 +70,22 @@ def _regions(graph: Graph) -> list[list[Node]]:
     return regions if depth == 0 else []
 
 
+_LEVELS = frozenset((_ENTER, _LEAVE, _LOAD, predispatch._add_batch_dim, predispatch._remove_batch_dim))
+_SMOOTH = frozenset(
+    (
+        *("add", "sub", "mul", "truediv", "div", "neg", "pow", "exp", "exp2", "log", "sigmoid", "tanh", "softplus"),
+        *("logsigmoid", "maximum", "minimum", "logaddexp", "matmul", "einsum", "unsqueeze", "squeeze", "movedim"),
+    )
+)
+"""Functions whose gradients are those of the operators that vmap makes of them."""
+
+
+def _is_smooth(node: Node) -> bool:
+    if node.target in _LEVELS:
+        return True
+    return called(node) in _SMOOTH and not node.kwargs.get("out") and node.op in ("call_function", "call_method")
+
+
 def _write_out(graph: GraphModule, region: list[Node]) -> None:
     inside = set(region)
     inputs = list(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in inside))
@@ -75,8 +93,10 @@ def _write_out(graph: GraphModule, region: list[Node]) -> None:
     values = [n.meta.get("example_value") for n in inputs]
     tensors = [x for x in values if isinstance(x, FakeTensor)]
     modes = {id(x.fake_mode): x.fake_mode for x in tensors}  # Dynamo's own, which is not the one of later tracing
-    if len(modes) != 1 or any(x is None for x in values) or any(x.requires_grad for x in tensors):
-        return  # what autograd would record between the levels is not that of the plain operators
+    if len(modes) != 1 or any(x is None for x in values):
+        return
+    if any(x.requires_grad for x in tensors) and not all(_is_smooth(n) for n in region):
+        return  # what autograd would record between the levels may be another thing than that of the plain operators
     if any(n.op not in ("call_function", "call_method") for n in region):
         return
     body = Graph()
