@@ -71,6 +71,9 @@ INTERPRETED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "the gated delta rule": ("gated delta with states", True, {}),
     "strong gates and the delta rule": ("strong delta", False, {}),
     "the delta rule with gates for channels": ("channel delta with states", True, {}),
+    "a width that blocks divide": ("token", True, {"width": 32, "length": 40}),
+    "a width that blocks divide, for channels": ("channel", True, {"width": 32, "length": 40}),
+    "widths that blocks divide": ("gated delta", True, {"width": 96, "value_width": 32, "length": 40}),
     "strong gates for channels and the delta rule": ("strong channel delta", False, {"length": 40}),
 }
 
@@ -121,6 +124,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "the gated delta rule": ("gated delta with states", {}),
     "factors and the delta rule": ("factors delta", {}),
     "gates for channels and the delta rule": ("channel delta with states", {}),
+    "widths that blocks divide": ("token with states", {"width": 32, "value_width": 96}),
     "wide heads": ("gated delta", {"width": 160, "heads": 1, "batch": 1}),
 }
 
