@@ -37,7 +37,7 @@ from attncomp.plan import Plan
 HOPPER = "hopper_forward.py.jinja"
 
 QUEUE = "queue"
-"""The argument that counts the tiles that were taken, where whoever is free takes the next; it starts at 0."""
+"""The argument that counts the tiles that were taken, where whoever is free takes the next; 0 before and after."""
 _RINGS = ("q_tiles", "k_tiles", "v_tiles", "q_full", "q_free", "full", "free")
 
 

@@ -60,14 +60,24 @@ class Memo(Generic[T]):
 class Output:
     """A tensor on `device` to be allocated at each call.
 
-    like: a tensor on the meta device with its shape, strides and dtype. zeroed: whether it begins as zeros. shared: it
-    is empty, and calls that repeat may return the same one.
+    like: a tensor on the meta device with its shape, strides and dtype. zeroed: whether it begins as zeros.
+    restored: the kernels leave it as zeros, one word that a stream may keep. shared: it is empty, and calls that repeat
+    may return the same one.
     """
 
-    __slots__ = ("_device", "_dtype", "_fast", "_size", "_stride", "bytes", "shared", "zeroed")
+    __slots__ = ("_device", "_dtype", "_fast", "_size", "_stride", "bytes", "restored", "shared", "zeroed")
 
-    def __init__(self, like: torch.Tensor, device: torch.device, *, zeroed: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self,
+        like: torch.Tensor,
+        device: torch.device,
+        *,
+        zeroed: bool = False,
+        restored: bool = False,
+        shared: bool = False,
+    ) -> None:
         self.shared = shared
+        self.restored = restored
         self.bytes = like.numel() * like.element_size()
         self._size = tuple(like.shape)
         self._stride = like.stride()

@@ -16,6 +16,7 @@ import torch
 
 from attncomp.codegen.launch import PreparedLaunch
 from attncomp.codegen.prepared import ALIGNMENT, Output, meta
+from attncomp.codegen.stream_zeros import zeros_of
 from attncomp.codegen.triton_calls import unwatched_text
 
 GRAIN = 256
@@ -79,6 +80,16 @@ def straight_call(
             continue
         text, values = output.call(f"_{n}")
         names |= values
+        if output.restored and index >= 0:
+            names[f"kept_{n}"] = zeros_of(index)
+            lines += [
+                f"p{t} = kept_{n}(stream)",
+                f"if not p{t}:",
+                f"    t{t} = {text}.zero_()",
+                f"    p{t} = t{t}.data_ptr()",
+            ]
+            fresh.append(f"p{t}")
+            continue
         lines.append(f"t{t} = {text}")
         if output.zeroed:
             lines.append(f"t{t}.zero_()")

@@ -316,7 +316,9 @@ class Kernels:
         if not by_head:
             made["out"] = made["out"].transpose(1, 2)
         shared = {"stat"} if not keeps_rows(self.spec) and not self.spec.training else set()
-        outputs = [Output(t, q.device, shared=n in shared, zeroed=n == QUEUE) for n, t in made.items()]
+        outputs = [
+            Output(t, q.device, shared=n in shared, zeroed=n == QUEUE, restored=n == QUEUE) for n, t in made.items()
+        ]
         return PreparedCall(q.device, outputs, launches, 2)
 
     def backward(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PreparedCall:

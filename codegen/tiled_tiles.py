@@ -76,7 +76,7 @@ _GLUON = ((3, 6), (3, 9))
 _HOPPER_WIDTHS = (64, 128)
 _ROWS = 64
 """Queries of one group of four warps of ``hopper_forward``: what one instruction multiplies."""
-_LONG = 2048
+_LONG = 4096
 """Keys from which on tiles of three such groups are used."""
 
 

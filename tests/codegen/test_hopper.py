@@ -45,7 +45,7 @@ from attncomp.hardware import A100_80GB, H100_SXM, Hardware
 from attncomp.passes.prove import prove
 from attncomp.plan import Plan
 from attncomp.spec import AXES, B, H, I, J, TensorInfo, plain_spec
-from attncomp.variant import Offer, Request
+from attncomp.variant import Inputs, Offer, Request
 from tests.codegen import spans_runs
 from tests.codegen.tiled_cases import Case, cases_of
 from tests.codegen.tiled_runs import errors, plan_of, request_of, with_dtype
@@ -64,7 +64,7 @@ TAKEN = (
 )  # fmt: skip
 UNEVEN = ("plain",)
 """At width 64 and many keys three groups of warps have a tile of queries, or fewer."""
-LONG = 2080
+LONG = 4120
 AT_128 = ("dense_bias", "window", "causal_window", "short_keys", "proven_neighbourhood", "proven_neighbours")
 INSTANCES = [(name, width) for name in (*TAKEN, *UNEVEN) for width in (64, 128)] + [(name, 128) for name in AT_128]
 LEFT = (
@@ -564,6 +564,41 @@ def test_ranges_from_data_on_a_gpu(name: str, width: int, monkeypatch: pytest.Mo
     assert rendered
     assert all("key_spans" in (t.name for t in plan.spec.tensors) for plan in rendered)
     assert {k: v for k, v in found.items() if not v <= 3e-2} == {}
+
+
+@pytest.mark.gpu
+def test_queues_on_several_streams_and_in_a_graph() -> None:
+    """Streams keep a counter of tiles each; what is captured has its own."""
+    import torch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(0)
+    case = find("documents", 128, length=4000)
+    plan = plan_of(case, "cuda")
+    assert plan.params["hopper"]["queue"]
+    q, k, v, *captured = case.inputs("cuda")
+
+    def attend() -> torch.Tensor:
+        with torch.no_grad():
+            return TILED.build(plan, Inputs(q, k, v, captured, case.sizes))
+
+    expected = attend()
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.ExternalStream(2)]
+    found = []
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=streams[1]):
+        inside = [attend() for _ in range(3)]
+    for _ in range(20):
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if n == 2:
+                    graph.replay()
+                found.append(attend())
+    torch.cuda.synchronize()
+    for out in (*found, *inside):
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu

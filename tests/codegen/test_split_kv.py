@@ -315,6 +315,25 @@ def test_tiles_fit_the_device(hardware: Hardware, dtype: str, width: int, query:
     assert tile["block_m"] == (16 if query == 1 else 32 if wide else 64)
 
 
+@pytest.mark.parametrize(
+    ("changes", "hardware", "alone"),
+    [
+        ({}, H100_SXM, True),
+        ({"query": 5}, H100_SXM, True),
+        ({"query": 4}, H100_SXM, False),  # 16 rows
+        ({"query": 9}, H100_SXM, False),  # more than half of 64 rows are filled
+        ({"key": 2048}, H100_SXM, False),  # few steps
+        ({"batch": 17}, H100_SXM, False),  # more programs than multiprocessors
+        ({"dtype": "float32"}, H100_SXM, False),
+        ({"width": 64}, H100_SXM, True),
+        ({}, A100_80GB, False),
+    ],
+)
+def test_half_empty_tiles_of_hoppers_instructions(changes: dict[str, Any], hardware: Hardware, alone: bool) -> None:
+    tile = split_tile(_request(hardware=hardware, **{"batch": 8, "key": 8192, "query": 8, **changes}))
+    assert ((tile["block_m"], tile["block_n"], tile["num_stages"], tile["resident"]) == (64, 64, 3, 1)) == alone
+
+
 @pytest.mark.parametrize("hardware", [H100_SXM, A100_80GB, L4], ids=lambda h: h.name)
 @pytest.mark.parametrize("stored", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("query", [1, 8])

@@ -251,6 +251,56 @@ def test_pieces_of_one_memory_do_not_overlap() -> None:
     assert call(torch.empty(65)[1:]) is None, "an address that is no multiple of 16"
 
 
+def test_a_word_that_kernels_set_back_is_the_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or, where the stream has none now, a new one that is zero."""
+    stream, word = 0x7F00, [0]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
+    asked: list[int] = []
+
+    def word_of(handle: int) -> int:
+        asked.append(handle)
+        return word[0]
+
+    monkeypatch.setattr(straight_calls, "zeros_of", lambda device: word_of)
+    cpu = torch.device("cpu")
+    outputs = [
+        Output(meta((3,), torch.float32), cpu),
+        Output(meta((1,), torch.int32), cpu, zeroed=True, restored=True),
+    ]
+    filled: list[tuple[int, ...]] = []
+    allocate = torch.empty_strided
+
+    def dirty(size: Any, stride: Any, **more: Any) -> torch.Tensor:
+        return allocate(size, stride, **more).fill_(7)
+
+    monkeypatch.setattr(torch, "empty_strided", dirty)
+
+    class OneLaunch:
+        direct = object()
+        boxes: tuple[Any, ...] = ()
+        reads = frozenset(range(3))
+
+        def lines(self, place: int) -> tuple[list[str], dict[str, Any]]:
+            return ["see((p1, p2, t2.item() if p2 != word[0] else 0, stream))"], {"see": filled.append, "word": word}
+
+    x = torch.empty(64)
+    call = straight_call([x], torch.device("cuda", 0), outputs, 1, [OneLaunch()])  # type: ignore[list-item]
+    assert call is not None
+    for at in (4096, 0, 8192):
+        word[0] = at
+        (out,) = call(x)
+        out_at, word_at, begins, on = filled[-1]
+        assert out_at == out.data_ptr()
+        assert begins == 0
+        assert on == stream
+        assert word_at == at if at else word_at not in (0, out_at)
+    assert asked == [stream] * 3
+    word[0] = 4097
+    with pytest.raises(RuntimeError, match="not aligned"):
+        call(x)
+
+
 def test_no_repetition_while_a_profiler_looks_on(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
