@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from attncomp.evaluate import Grid, evaluate_tensor
-from attncomp.expr import Const, Expr, Load, Op
+from attncomp.expr import Const, Expr, Load, Op, axes_of
 from attncomp.spec import AttentionSpec
 
 
@@ -83,7 +83,9 @@ def recurrence_reference(
         grid = Grid({a: (0, extent[a]) for a in axes}, named, q.device, symbols, dtype=dtype)
         return evaluate_tensor(e, grid).to(dtype).expand([extent[a] for a in axes])
 
-    decay, erase, write = (over(e, "b", "h", "j", "d") for e in (transition.decay, transition.erase, transition.write))
+    of_values = transition.decay is not None and "e" in axes_of(transition.decay)
+    decay = over(transition.decay, "b", "h", "j", "e" if of_values else "d")
+    erase, write = (over(e, "b", "h", "j", "d") for e in (transition.erase, transition.write))
     if not (isinstance(spec.score, Op) and spec.score.name == "mul"):
         raise ValueError("this spec is no recurrence")
     query, key = over(spec.score.args[0], "b", "h", "i", "d"), over(spec.score.args[1], "b", "h", "j", "d")
@@ -98,7 +100,7 @@ def recurrence_reference(
     for t in range(extent["j"]):
         before = state
         if decay is not None:
-            state = state * decay[:, :, t, :, None]
+            state = state * (decay[:, :, t, None, :] if of_values else decay[:, :, t, :, None])
         if erase is not None and write is not None:
             read = torch.einsum("bhd,bhde->bhe", write[:, :, t], before)
             state = state - erase[:, :, t, :, None] * read[..., None, :]

@@ -91,8 +91,9 @@ class Normaliser:
 class Transition:
     """The step of a carried state: S_t = (diag(decay) - erase writeᵀ) S_{t-1} + k vᵀ.
 
-    For recurrences (delta rule and its kin). `decay` is over (b, h, j, d), or None for ones; `erase` and `write` are
-    over (b, h, j, d), both None without the rank-one term.
+    For recurrences (delta rule and its kin). `decay` is over (b, h, j, d), or None for ones; over (b, h, j, e), it is
+    of the values' channels, S_{t-1} diag(decay). `erase` and `write` are over (b, h, j, d), both None without the
+    rank-one term.
 
     initial: S_0 over (b, h, d, e), a load of a captured tensor; None is zero.
     final: the state behind the last row is a second result, (B, H, D, E): in the dtype of the initial state where one

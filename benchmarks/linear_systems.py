@@ -348,6 +348,23 @@ def gsa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
+@_in_float32
+def abc(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Bounded memory: what is written to a slot is weighed by a softmax over all that came before."""
+    total = gate.logcumsumexp(2)
+    decay = torch.exp(torch.cat((torch.zeros_like(total[:, :, :1]), total[:, :, :-1] - total[:, :, 1:]), 2))
+    strength = torch.exp(gate - total)
+    keys = q.new_zeros(*q.shape[:2], gate.shape[3], q.shape[3])
+    values = q.new_zeros(*q.shape[:2], gate.shape[3], v.shape[3])
+    rows = []
+    for q_t, k_t, v_t, a_t, s_t in zip(_steps(q), _steps(k), _steps(v), _steps(decay), _steps(strength), strict=True):
+        keys = a_t[..., None] * keys + s_t[..., None] * k_t[..., None, :]
+        values = a_t[..., None] * values + s_t[..., None] * v_t[..., None, :]
+        weights = (keys @ q_t[..., None]).squeeze(-1).softmax(-1)
+        rows.append((weights[..., None, :] @ values).squeeze(-2))
+    return torch.stack(rows, 2)
+
+
 def vig(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Both directions over the same projections, with gates for each token."""
 
@@ -547,6 +564,7 @@ SYSTEMS = (
     System("GLA, parallel", "arXiv:2312.06635", "masked product", gla_parallel, _channel_gates),
     System("HGRN2", "arXiv:2404.07904", "loop over time", hgrn2, _qkv),
     System("GSA", "arXiv:2409.07146", "loop over time", gsa, _channel_gates),
+    System("ABC", "arXiv:2110.02488", "loop over time", abc, _channel_gates),
     System("ViG", "arXiv:2405.18425", "two masked products", vig, _token_gates),
     System(
         "RWKV-6",

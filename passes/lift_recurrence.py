@@ -29,6 +29,7 @@ from attncomp.passes.recurrence_guesses import guesses
 from attncomp.passes.recurrence_pool import arranged, frames, pool, values_of_rows, whole
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
 from attncomp.passes.recurrence_sums import sums_of
+from attncomp.passes.recurrence_value_gates import guesses_of_value_gates
 from attncomp.passes.recurrences import Read
 from attncomp.passes.region_key import key_of
 from attncomp.passes.site import Missed, Site, missed
@@ -322,7 +323,33 @@ class _Search:
                 for candidate in with_initial(guess, initial, frame, region):
                     if check.verified(candidate, output, frame):
                         return Found(candidate, output, frame, check.final(candidate, output, frame))
-        return None if initial is not None else self._by_blocks(values, region, output, nodes, numbers)
+        if initial is not None:
+            return None
+        return self._by_blocks(values, region, output, nodes, numbers) or self._of_value_gates(
+            values, region, output, nodes, numbers
+        )
+
+    def _of_value_gates(
+        self,
+        values: FieldValues,
+        region: Region,
+        output: Node,
+        nodes: dict[int, list[tuple[Node, bool]]],
+        numbers: Mapping[int, float],
+    ) -> Found | None:
+        """Recurrences whose gates are of the values' channels."""
+        residue = values.value(output)
+        assert residue is not None
+        above, dtype = ancestors(output).union(self.extra, *map(ancestors, self.extra)), value_of(output).dtype
+        check = Check(self.graph, self.known, self.leaves)
+        for frame in frames(output, region):
+            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
+            written = values_of_rows(values, region, possible, frame, dtype)
+            rest = partial(pool, values, region, possible, frame, dtype, numbers)
+            for guess in guesses_of_value_gates(arranged(residue, frame.dims, frame), written, rest):
+                if check.verified(guess, output, frame):
+                    return Found(guess, output, frame, check.final(guess, output, frame))
+        return None
 
     def _by_blocks(
         self,

@@ -158,4 +158,4 @@ def _run(guess: Recurrence, values: FieldValues, frame: Frame) -> tuple[torch.Te
         erase = VALUES.reduce(-erase)
     beta, decay, initial, write = (arrays[name] for name in ("beta", "decay", "initial", "write"))
     transition = (beta, decay, guess.delta, initial, erase, write, guess.early)
-    return run(q, k, v, scale, *transition, guess.before, arrays["bonus"], guess.block)
+    return run(q, k, v, scale, *transition, guess.before, arrays["bonus"], guess.block, guess.of_values)

@@ -193,7 +193,7 @@ class _Maker:
         if r.decay is not None and constant and r.before and r.initial is not None:
             decay = self._load(self._of_rows(r.decay, r.k), 1.0)  # in front of the first row nothing decays
         elif isinstance(r.decay, Read):
-            decay = self._gate(r.decay)
+            decay = self._gate(r.decay, r.of_values)
         elif r.decay is not None:
             decay = Const(r.decay)
         erase: Expr | None = None
@@ -223,22 +223,24 @@ class _Maker:
         ways = (self.found.frame.backwards, self.found.frame.results_backwards, r.before)
         return Around(*ways, pads, r.scale, bonus, place), extra
 
-    def _load(self, read: Read, pad: float) -> Load:
-        """pad: what stands in front of the first row, where rows are read a row later."""
+    def _load(self, read: Read, pad: float, of_values: bool = False) -> Load:
+        """pad: what stands in front of the first row, where rows are read a row later. of_values: its channels are
+        those of the values."""
         kept = 2 if read.dims[-2] is None and read.dims[-1] is None else 3 if read.dims[-1] is None else 4
         node = self._arranged(read.node, read.dims, kept)
-        return self._loaded(node, (B, H, J, D)[:kept], None if read.dims[-2] is None else pad)
+        axes = (B, H, J, E if of_values else D)[:kept]
+        return self._loaded(node, axes, None if read.dims[-2] is None else pad)
 
-    def _gate(self, read: Read) -> Expr:
+    def _gate(self, read: Read, of_values: bool) -> Expr:
         """A gate, by what its tensor is a function of where that tells a kernel that it is positive."""
         name, source = name_of(read.node), read.node.args[0] if read.node.args else None
         same = isinstance(source, Node) and value_of(source).shape == value_of(read.node).shape
         if read.log:
-            return op("exp", self._load(read, 0.0))
+            return op("exp", self._load(read, 0.0, of_values))
         starts = self.found.recurrence.before and self.found.recurrence.initial is not None
         if name in ("exp", "sigmoid") and same and isinstance(source, Node) and not (starts and name == "sigmoid"):
-            return op(name, self._load(replace(read, node=source), 0.0))
-        return self._load(read, 1.0)
+            return op(name, self._load(replace(read, node=source), 0.0, of_values))
+        return self._load(read, 1.0, of_values)
 
     def _of_rows(self, decay: Read | float, like: Read) -> Read:
         """A decay that is the same in each step, as a tensor that has the steps as its last dimension but one."""

@@ -22,7 +22,12 @@ def sums_of(graph: GraphModule, known: KnownValues, found: Found, node: Node) ->
     """
     rows, sums = value_of(found.output), value_of(node)
     width = found.frame.dims[-1]
-    if width != rows.dim() - 1 or sums.dtype != rows.dtype or found.frame.results_backwards:
+    if (
+        found.recurrence.of_values
+        or width != rows.dim() - 1
+        or sums.dtype != rows.dtype
+        or found.frame.results_backwards
+    ):
         return None
     if sums.shape not in (rows.shape[:-1], (*rows.shape[:-1], 1)):
         return None

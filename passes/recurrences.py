@@ -46,6 +46,7 @@ class Recurrence:
     is not the delta rule's: ``- sign erase_t (write_t^T S_{t-1})``, of the state before it decays. before: rows read
     the state in front of their own token. bonus: what they see of that token then (None: nothing).
     block: rows read the state behind the last token of their block of so many; only of sums (nothing decays).
+    of_values: the decay is of the values' channels: ``S_t = S_{t-1} diag(decay_t) + ...``; only without delta or erase.
     """
 
     q: Read
@@ -63,6 +64,7 @@ class Recurrence:
     before: bool = False
     bonus: Read | float | None = None
     block: int = 1
+    of_values: bool = False
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -89,6 +91,7 @@ class Recurrence:
             self.before,
             next(left) if isinstance(self.bonus, Read) else self.bonus,
             self.block,
+            self.of_values,
         )
 
 
@@ -130,6 +133,7 @@ def run(
     before: bool = False,
     bonus: torch.Tensor | None = None,
     block: int = 1,
+    of_values: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows (n, t, e), and the last state (n, d, e)."""
     f = VALUES
@@ -144,7 +148,7 @@ def run(
     for t in range(length):
         old = state
         if decay is not None:
-            state = f.multiply(state, at(decay, t)[:, :, None])
+            state = f.multiply(state, at(decay, t)[:, None, :] if of_values else at(decay, t)[:, :, None])
         key, written = at(k, t)[:, :, None], at(v, t)[:, None, :]
         if delta:
             written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), old if early else state)

@@ -24,8 +24,8 @@ KEPT = {
 """What stays as it is written, and the code of the reason; empty where nothing in it looks like what is lifted:
 products in an order that is linear already, or sums that are no attention's."""
 
-SOFTMAX = {"Agent Attention": 2, "GSA": SIZES.n}
-"""Attentions by softmax; the loop around those of GSA, one for each step, is kept."""
+SOFTMAX = {"Agent Attention": 2}
+"""Attentions by softmax."""
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)

@@ -12,6 +12,7 @@ from attncomp.codegen.variants.split_kv import SPLIT_KV
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
 from attncomp.codegen.variants.tiled_pruned import TILED_PRUNED
+from attncomp.codegen.variants.transposed_recurrence import TRANSPOSED_RECURRENCE
 from attncomp.codegen.variants.vendor import VENDOR_CPU_FLASH, VENDOR_CUDNN, VENDOR_EFFICIENT, VENDOR_FLASH
 from attncomp.variant import Variant
 
@@ -23,6 +24,7 @@ VARIANTS: tuple[Variant, ...] = (
     VENDOR_EFFICIENT,
     CHUNKED_LINEAR,
     CHUNKED_RECURRENCE,
+    TRANSPOSED_RECURRENCE,
     KEYS_FIRST,
     TILED,
     TILED_CHECKED,
