@@ -252,10 +252,20 @@ def _apply(graph: GraphModule, site: Site, chosen: Chosen, check_values: bool, t
         finals = [x.final for x in made.values() if x.final is not None]
         if len(arms) > 1 or len(finals) != 1:
             return Rejection("states-by-length", "a state that is read again has one plan for all lengths")
-        problem = replace(graph, site.final.node, finals[0])
+        problem = replace(graph, site.final.node, _without_gradient(graph, site.final.node, finals[0]))
         if problem is not None:
             return problem
     return replace(graph, site.output, new)
+
+
+def _without_gradient(graph: GraphModule, old: Node, new: Node) -> Node:
+    """`new`, detached where no gradient flows through what it replaces: a state of which the queries alone have one."""
+    if old.meta.get("attncomp_grad", True):
+        return new
+    with graph.graph.inserting_after(new):
+        node = graph.graph.call_function(torch.ops.aten.detach.default, (new,))
+    node.meta = {**new.meta, "attncomp_grad": False}
+    return node
 
 
 def _lowered(graph: GraphModule, site: Site, span: Span, check_values: bool, traces: Traces) -> Lowered | Rejection:

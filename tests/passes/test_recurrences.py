@@ -312,6 +312,14 @@ def test_states_in_and_out() -> None:
     assert made.verdicts == ["linear rewritten mask=causal"]
 
 
+def test_a_last_state_that_no_gradient_reaches() -> None:
+    start = torch.randn(B, H, D, E)
+    q, *others = tensors("gated")
+    made = agree(with_states, q.requires_grad_(), *others, start, policy=ALWAYS)
+    assert made.verdicts == ["linear rewritten mask=causal"]
+    assert not made.compiled.outputs[1].requires_grad
+
+
 def test_states_with_the_widths_the_other_way() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         s, rows = start, []
