@@ -162,7 +162,7 @@ def _made(graph: GraphModule, place: Node, column: Column, rows: Sequence[Node])
         assert callable(first.target)
         weights = first.target(stacked, dim, *first.args[2:], **first.kwargs)
         step = weights.select(0, 0)
-    if step.stride() != value_of(first).stride() or step.dtype != value_of(first).dtype:
+    if step.dtype != value_of(first).dtype or any(value_of(n).stride() != step.stride() for n in column):
         return None  # what views it may need its strides
     meta = {**first.meta, "attncomp_grad": any(n.meta.get("attncomp_grad", False) for n in column)}
 

@@ -19,7 +19,7 @@ from attncomp.codegen.spans import BLOCK, KEY_SPANS, QUERY_SPANS
 from attncomp.codegen.variants import VARIANTS
 from attncomp.codegen.variants.tiled_pruned import TILED_PRUNED
 from attncomp.evaluate import evaluate_tensor
-from attncomp.expr import Const, Expr, Load, Score, add, and_, ge, lt, mul, op, sub
+from attncomp.expr import Const, Expr, Load, Score, Size, add, and_, ge, lt, mul, op, sub
 from attncomp.hardware import H100_SXM
 from attncomp.passes.choose import choose
 from attncomp.passes.prove import prove
@@ -254,17 +254,28 @@ def test_kernels_for_hopper_compile(width: int) -> None:
     assert set(hopper_backward(plan)) == {"keys", "queries"}
 
 
-def test_the_search_is_traced() -> None:
-    """The search for what is skipped is a graph that asks for no value."""
-    spec = runs.spec_of("float32", batch=1)
-    x = runs.inputs_of(spec, "closing")
+def test_the_search_is_traced_for_all_lengths() -> None:
+    n = Const(runs.N)
+    base = runs.spec_of("float32", kv_heads=1)
+
+    def free(x: Expr) -> Expr:
+        return Size("s0") if x == n else x
+
+    tensors = tuple(replace(t, shape=tuple(map(free, t.shape))) for t in base.tensors)
+    spec = replace(base, sizes=tuple(map(free, base.sizes)), tensors=tensors)
 
     def starts(q: torch.Tensor, k: torch.Tensor, c: torch.Tensor) -> list[torch.Tensor]:
-        return list(with_pruning(runs.pruned_plan(spec), Inputs(q, k, k, [c], ()))[1].captured[1:])
+        return list(with_pruning(runs.pruned_plan(spec), Inputs(q, k, k, [c], [q.shape[2]]))[1].captured[1:])
 
-    graph = make_fx(starts, tracing_mode="fake")(x[0], x[1], x[3])
-    for found, right in zip(graph(x[0], x[1], x[3]), starts(x[0], x[1], x[3]), strict=True):
-        torch.testing.assert_close(found, right, rtol=0, atol=0)
+    def inputs(length: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(length)
+        q, k = (torch.randn(2, h, length, 16, generator=generator) for h in (2, 1))
+        return [q, k, -torch.rand(2, 2, length, generator=generator).cumsum(-1)]
+
+    graph = make_fx(starts, tracing_mode="symbolic")(*inputs(runs.N))
+    for length in (runs.N, 700, 128, 65):
+        for found, right in zip(graph(*inputs(length)), starts(*inputs(length)), strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=0)
 
 
 def fox(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
