@@ -411,6 +411,10 @@ def test_sources_are_golden(name: str, golden: Callable[[str, str], None]) -> No
     golden(f"hopper_{name}", hopper_source(plan_of(find(name, 128), "cuda")))
 
 
+def test_the_source_with_uneven_tiles_is_golden(golden: Callable[[str, str], None]) -> None:
+    golden("hopper_plain_uneven", hopper_source(plan_of(find("plain", 64, length=LONG), "cuda")))
+
+
 def test_the_source_with_a_queue_is_golden(golden: Callable[[str, str], None]) -> None:
     golden("hopper_documents_queue", hopper_source(planned(find("documents", 128, length=640))))
 
@@ -476,7 +480,7 @@ _QUICK = (("causal", 128), ("dense_bias", 128), ("documents", 128), ("window", 1
 def test_compiles_without_waits_between_products_and_without_spilled_tiles(
     name: str, width: int, tmp_path: Path
 ) -> None:
-    plan = planned(find(name, width, length=3840))
+    plan = planned(find(name, width, length=4480 if name in UNEVEN else 3840))
     if "hopper" not in plan.params:
         assert plan.params["spans"]
         pytest.skip("left to the plain kernel at this length")
@@ -529,7 +533,7 @@ def test_on_a_gpu(name: str, width: int, dtype: str, monkeypatch: pytest.MonkeyP
         return hopper_source(plan)
 
     monkeypatch.setattr(tiled_launch, "hopper_source", render)
-    case = find(name, width, dtype)
+    case = find(name, width, dtype, LONG if name in UNEVEN else LENGTH)
     found = errors(case, plan_of(case, "cuda"), "cuda")
     assert rendered
     limit = max(_LIMITS[dtype], *(_LIMITS.get(t.dtype, 0) for t in case.spec.captured), 0)
