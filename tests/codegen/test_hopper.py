@@ -371,6 +371,23 @@ def test_uneven_tiles(groups: int, heads: int, expected: int) -> None:
     assert tiles <= groups
 
 
+@pytest.mark.parametrize(
+    ("sizes", "uneven"),
+    [
+        ({}, True),
+        ({"query": 512}, False),
+        ({"key": 2048}, False),
+        ({"mask": ge(add(I, Const(1024)), J)}, False),
+        ({"width": 32}, False),
+    ],
+)
+def test_three_groups_for_many_queries_and_keys_without_a_mask(sizes: dict[str, Any], uneven: bool) -> None:
+    base: dict[str, Any] = {"batch": 1, "heads": 16, "query": 4096, "key": 4096, "width": 64, "dtype": "bfloat16"}
+    spec = plain_spec(**{**base, **sizes})
+    tile = tiled_tiles.hopper_tile(spec, prove(spec.mask, spec.extents), H100_SXM)
+    assert ("uneven" in (tile or {})) == uneven
+
+
 def test_uneven_schedule() -> None:
     plan = plan_of(find("plain", 64, length=LONG), "cuda")
     assert schedule(plan, 4096, 16, 16 << 20, 132) == (132, 16, 24)
