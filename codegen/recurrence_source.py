@@ -16,6 +16,9 @@ SCAN_COLUMNS = 32
 STEP_COLUMNS = 32
 """Columns of the state of a program that goes through few rows."""
 
+LOOKED_AT = 16
+"""Pieces of chunks that a program of ``wide_key_gradients`` looks at: as a rule none of them is wide."""
+
 BASE = 8
 """Rows of the blocks of a triangular system that are solved by substitution."""
 
@@ -34,7 +37,7 @@ WORKING = {"bfloat16": "tl.bfloat16", "float16": "tl.float32", "float32": "tl.fl
 _ROWS = ("gates", "lasts", "qin", "kout", "kin", "pairs", "beta", "system", "weight")
 _TENSORS: dict[str, tuple[str, ...]] = {
     "sum_gates": ("gate", "gates"),
-    "systems": ("k", "gates", "beta", "system"),
+    "systems": ("k", "gate", "gates", "beta", "system"),
     "channels": ("q", "k", "gate", "beta", "qin", "kout", "kin", "lasts", "pairs", "lowers", "system"),
     "steps": ("q", "k", "v", "out", "gate", "beta", "weight", "scale", "carried", "final"),
     "summary": ("k", "v", *_ROWS, "sums", "totals"),
@@ -67,6 +70,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "back_summary": ("segments", "segment_chunks", "swept"),
     "back_scan": ("segments", "starts"),
     "back_states": ("segments", "segment_chunks", "swept", "starts", "starts_learned"),
+    "wide_key_gradients": ("programs",),
 }
 STRIDED = {"q": 4, "k": 4, "v": 4, "grad": 4, "out": 4, "gate": 4, "beta": 3, "weight": 3}
 """How many strides the kernels take of a tensor, of (b, h, t, x)."""
@@ -175,9 +179,8 @@ class Shape:
         f = self.form
         if self.steps:
             return ("steps",)
-        found = {"token": ["sum_gates"], "channel": ["channels"], "none": []}[f.per]
-        if f.delta and f.per != "channel":
-            found = [*found, "systems"]
+        found = ["channels"] if f.per == "channel" else ["systems"] if f.delta else []
+        found = ["sum_gates"] if f.per == "token" and not f.delta else found
         found = [*found, "summary", "scan", "output"]
         if self.training:
             found += ["states", "back_summary", "back_scan", "back_states"]
@@ -230,6 +233,7 @@ def recurrence_source(plan: Plan, form: KernelForm) -> str:
         gd=shape.gradient_channels,
         chunk=shape.chunk,
         base=BASE,
+        looked_at=LOOKED_AT,
         doublings=tuple(BASE << n for n in range((shape.chunk // BASE).bit_length() - 1)),
         scan_by=min(SCAN_COLUMNS, shape.be),
         y_blocks=shape.y_blocks,

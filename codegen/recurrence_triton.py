@@ -13,9 +13,18 @@ from attncomp.codegen.launch import Launch, on_device
 from attncomp.codegen.recorded_launches import Recipe, kind_of
 from attncomp.codegen.recurrence_call import Call, computed
 from attncomp.codegen.recurrence_form import RecurrenceForm, group_of
+from attncomp.codegen.recurrence_hopper_launch import HopperOutput
 from attncomp.codegen.recurrence_kernel_form import KernelForm
 from attncomp.codegen.recurrence_operands import Values, give, read
-from attncomp.codegen.recurrence_source import SCAN_BLOCK, SCAN_COLUMNS, STEP_COLUMNS, STRIDED, Shape, recurrence_source
+from attncomp.codegen.recurrence_source import (
+    LOOKED_AT,
+    SCAN_BLOCK,
+    SCAN_COLUMNS,
+    STEP_COLUMNS,
+    STRIDED,
+    Shape,
+    recurrence_source,
+)
 from attncomp.expr import Expr, Load, loads_of
 from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs
@@ -36,6 +45,7 @@ class Launcher:
         self.shape = Shape.of(plan, form)
         source = recurrence_source(plan, form)
         self.module = kernel_module(source, name="recurrence", variant="chunked_recurrence", key={"plan": plan.digest})
+        self._hopper = HopperOutput(plan, form) if plan.params.get("hopper") else None
         self._launches: dict[str, Launch] = {}
         self._recipes: dict[tuple[object, ...], Recipe] = {}
         names = [t.name for t in plan.spec.captured]
@@ -140,11 +150,15 @@ class Launcher:
             self._keep(call, inputs, numbers, ("forward",))
             return
         self._prepare(call)
+        final = int(self.whole.final)
         self._cut(call, shape.y_blocks)
         self._sum_up(call)
         starts = self._carry(call)
-        grid = rows * shape.y_blocks * call.segments
-        self._run("output", call, grid, swept=call.segments, starts=starts, final_wanted=int(self.whole.final))
+        if self._hopper is not None and self._hopper.takes(call):
+            self._hopper.run(call, starts, final)
+        else:
+            grid = rows * shape.y_blocks * call.segments
+            self._run("output", call, grid, swept=call.segments, starts=starts, final_wanted=final)
         self._keep(call, inputs, numbers, ("forward",))
 
     def _prepare(self, call: Call) -> None:
@@ -153,7 +167,8 @@ class Launcher:
         chunk, total = shape.chunk, call.batch * call.heads * call.chunks
         if form.per == "token":
             call.room("gates", total, chunk)
-            self._run("sum_gates", call, total, one_warp=True)
+            if not form.delta:
+                self._run("sum_gates", call, total, one_warp=True)
         if form.delta:
             call.room("system", total, chunk, chunk, dtype=call.working)
         if form.per == "channel":
@@ -330,7 +345,7 @@ class Launcher:
         programs = total * (shape.bx // shape.gradient_channels)
         call.room("narrow", programs)
         self._run("key_gradients", call, programs)
-        self._run("wide_key_gradients", call, programs)
+        self._run("wide_key_gradients", call, -(-programs // LOOKED_AT), programs=programs)
 
     def _named(self, inputs: Inputs, names: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
         whole = dict(zip((t.name for t in self.plan.spec.tensors), (*inputs[:3], *inputs.captured), strict=True))

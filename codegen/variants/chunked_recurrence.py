@@ -15,6 +15,7 @@ from attncomp.codegen import recurrence_aten as aten
 from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.ops import attention, attention_and_state, state_dtype
 from attncomp.codegen.recurrence_form import RecurrenceForm, has_constant_decay, recognise, recognise_form
+from attncomp.codegen.recurrence_hopper_source import CHUNK, hopper_params
 from attncomp.codegen.recurrence_kernel_form import KernelForm, kernel_form
 from attncomp.cost import Efficiency, Work
 from attncomp.derivative import derivative
@@ -99,6 +100,7 @@ class ChunkedRecurrence:
             return Offer({"backend": "triton", **tiles}, _steps_work(request), "generated Triton, row by row")
         if not why_not:
             tiles = tiles_for(spec, request.hardware.shared_memory)
+            tiles |= _for_hopper(request, form, tiles)
             return Offer({"backend": "triton", **tiles}, _triton_work(request, form, tiles), "generated Triton")
         if spec.transition is None and (form.gate is None or form.gate.per == "head") and has_constant_decay(spec):
             return Rejection("constant-decay", f"chunked_linear has torch operators for a constant decay; {why_not}")
@@ -184,6 +186,18 @@ def _not_triton(request: Request, form: RecurrenceForm, *, steps: bool = False) 
             return f"the generated kernels hold states of fixed width up to {widest}; {axis} is {size}"
     found = kernel_form(spec, form, steps=steps)
     return found if isinstance(found, str) else ""
+
+
+def _for_hopper(request: Request, form: RecurrenceForm, tiles: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the kernel that is made for Hopper, where it serves."""
+    spec, found = request.spec, kernel_form(request.spec, form)
+    d, e = spec.size("d"), spec.size("e")
+    if request.device != "cuda" or isinstance(found, str) or tiles["chunk"] != CHUNK:
+        return {}
+    assert isinstance(d, Const)  # as of all that the kernels of chunks take
+    assert isinstance(e, Const)
+    hopper = hopper_params(spec.dtype, int(d.value), int(e.value), found, request.hardware)
+    return {} if hopper is None else {"hopper": hopper}
 
 
 def tiles_for(spec: AttentionSpec, shared_memory: int) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 Memory, barriers and products are Python objects that know what is under way. What would be a race or a deadlock on a
 GPU raises an AssertionError here: a tile that is multiplied before its barrier was waited for, a place that is fetched
 into while an unfinished product reads it, a result that is used before its product ended, a barrier with the wrong
-phase, groups of warps that all wait. Groups of warps are threads of which one runs at a time, until it has to wait.
-Layouts mean nothing.
+phase, groups of warps that all wait; of a tile that threads copy or write themselves, its use before all warps have met
+behind that, and copies into it before they have met behind its last use. Groups of warps are threads of which one runs
+at a time, until it has to wait. Layouts mean nothing.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -23,7 +25,8 @@ def brought_here(source: str) -> str:
     """A generated module whose Gluon is this one."""
     head, _, rest = source.partition("from triton.experimental import gluon\n")
     assert rest
-    names = "fence_async_shared, gluon, mbarrier, real, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait"
+    products = "warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait"
+    names = f"async_copy, fence_async_shared, gluon, mbarrier, real, tma, {products}"
     mine = "".join(f"from {__name__} import {x}\n" for x in (names, "language as tl, language as gl", "steps as range"))
     # Triton's descriptors have no layout.
     return head + mine + re.sub(r"\b\w+\.layout\b", "None", rest[rest.index(")\n") + 2 :])
@@ -112,12 +115,19 @@ class Ring:
 
 
 class Place:
-    """Shared memory for one tile."""
+    """Shared memory for one tile.
+
+    fenced, met: whether the tensor cores see what threads brought, and whether all warps have met since; both hold for
+        what the hardware fetches. read: whether another warp may still read it.
+    """
 
     def __init__(self, dtype: Any, shape: list[int]) -> None:
         self.dtype = dtype
         self.shape = shape
         self.value: Any = None
+        self.fenced = self.met = True
+        self.read = False
+        places.add(self)
 
     def reshape(self, shape: list[Any]) -> Place:
         assert [int(n) for n in shape] == self.shape
@@ -129,10 +139,12 @@ class Place:
 
     def store(self, value: Any) -> None:
         assert not _is_read(self), "written while a product reads it"
-        self.value = value
+        self.value, self.fenced, self.met = value, False, False
 
     def load(self, layout: Any) -> Any:
         assert self.value is not None, "read before it came"
+        assert self.met, "read before all warps have brought their part"
+        self.read = True
         return self.value
 
     def _keep_alive(self) -> None:
@@ -170,12 +182,25 @@ class Vector:
 
 
 vectors: list[Vector] = []
+places: weakref.WeakSet[Place] = weakref.WeakSet()
+copies: list[list[tuple[Place | Vector, Any]]] = [[]]
+"""Groups of copies by threads that are on their way; the last is still open."""
 
 
 def _meet() -> None:
     for vector in vectors:
-        vector.met = True
+        vector.met = vector.met or vector.value is not None
         vector.readers.discard(groups.running)
+    for place in places:
+        place.met = place.met or place.value is not None
+        place.read = False
+
+
+def forget() -> None:
+    """Another module's memory comes."""
+    under_way.clear()
+    vectors.clear()
+    copies[:] = [[]]
 
 
 class Turned:
@@ -246,13 +271,16 @@ def _is_read(place: Place) -> bool:
 
 
 def warpgroup_mma(a: Any, b: Any, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Product:
-    places = tuple(x.place if isinstance(x, Turned) else x for x in (a, b) if isinstance(x, Turned | Place))
+    operands = tuple(x.place if isinstance(x, Turned) else x for x in (a, b) if isinstance(x, Turned | Place))
     left, right = (x.value if isinstance(x, Turned | Place) else x for x in (a, b))
     assert left is not None, "multiplied before it came"
     assert right is not None, "multiplied before it came"
+    for place in operands:
+        assert place.fenced, "multiplied before the tensor cores see it"
+        assert place.met, "multiplied before all warps have brought their part"
     start = acc.value if isinstance(acc, Product) else acc
     product = real.dot(left, right, start if use_acc else None, input_precision="ieee")
-    under_way.append(Product(product, places, ended=False))
+    under_way.append(Product(product, operands, ended=False))
     assert is_async
     return under_way[-1]
 
@@ -266,13 +294,34 @@ def warpgroup_mma_wait(num_outstanding: int, deps: list[Any]) -> Any:
     for product in mine[: len(mine) - num_outstanding]:
         product.ended = True
         under_way.remove(product)
+        for place in product.reads:
+            place.read = True  # by other warps, whose products may go on
     assert all(x.ended for x in deps if isinstance(x, Product)), "used before its product ended"
     values = tuple(x.value if isinstance(x, Product) else x for x in deps)
     return values if len(values) > 1 else values[0]
 
 
 def fence_async_shared() -> None:
-    pass
+    for place in places:
+        place.fenced = place.fenced or place.value is not None
+
+
+def _copy(place: Place | Vector, pointer: Any, mask: Any) -> None:
+    assert not any(place is other for group in copies for other, _ in group), "copied into by two at once"
+    if isinstance(place, Place):
+        assert not _is_read(place), "copied into while a product reads it"
+        assert not place.read, "copied into while other warps may still read it"
+        place.fenced = False
+    else:
+        assert not place.readers, "copied into while other warps may still read it"
+    place.value, place.met = None, False
+    copies[-1].append((place, real.load(pointer, mask=mask, other=0.0)))
+
+
+def _wait_for_copies(outstanding: int) -> None:
+    while len(copies) - 1 > outstanding:
+        for place, value in copies.pop(0):
+            place.value = value
 
 
 def _init(barrier: Any, count: int) -> None:
@@ -325,6 +374,7 @@ def _wait(barrier: Any, parity: Any, pred: Any = True) -> None:
 
 mbarrier = SimpleNamespace(init=_init, expect=_expect, arrive=_arrive, wait=_wait, MBarrierLayout=lambda: "barriers")
 tma = SimpleNamespace(async_load=_fetch)
+async_copy = SimpleNamespace(async_load=_copy, commit_group=lambda: copies.append([]), wait_group=_wait_for_copies)
 
 
 def _memory(dtype: Any, shape: list[Any], layout: Any) -> Ring | Place | Barriers | Vectors:

@@ -27,8 +27,7 @@ def emulated(change: tuple[str, str] | None = None) -> Iterator[None]:
                 assert change[0] in source
                 source = source.replace(*change)
             made.append(source)
-            gluon_on_a_cpu.under_way.clear()
-            gluon_on_a_cpu.vectors.clear()
+            gluon_on_a_cpu.forget()
         return kernel_module(source, **more)
 
     with pytest.MonkeyPatch.context() as patched:

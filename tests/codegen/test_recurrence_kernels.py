@@ -55,7 +55,7 @@ INTERPRETED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "states without a gate": ("plain with states", True, {}),
     "gates for channels, one row": ("channel", False, {"length": 1}),
     "gates for channels in segments": ("channel", True, {"width": 20, "value_width": 7}),
-    "channels whose gates close": ("off channel", True, {"length": 40}),
+    "channels whose gates close": ("off channel", True, {"length": 40, "heads": 5}),
     "gates that are sigmoids": ("closing sigmoid channel", True, {"length": 40}),
     "weighted values and a constant decay": ("weighted values, constant decay", False, {}),
     "retention": ("retention", True, {"heads": 3}),
