@@ -71,7 +71,7 @@ class Region:
         self.uses: dict[Key, int] = {}
         self.reads: dict[Key, tuple[Key, ...]] = {}
         self._stopped = _stopping(graph)
-        self._ways: dict[Key, str] = {}
+        self._ways: dict[Key, str] = known.ways
         self._collect()
 
     def _collect(self) -> None:
@@ -131,7 +131,9 @@ class Region:
         return tuple((a, of) for a in args if isinstance(value_of(a), torch.Tensor))
 
     def way(self, node: Node, field: Field) -> str:
-        """`_way`, remembered."""
+        """`_way`, remembered for all regions of the graph."""
+        if node in self.leaves:
+            return "leaf"
         found = self._ways.get((node, field))
         if found is None:
             found = self._ways[node, field] = self._way(node, field)
@@ -142,7 +144,7 @@ class Region:
         ``leaf``."""
         name = name_of(node)
         value = value_of(node)
-        if node.op != "call_function" or node in self.leaves:
+        if node.op != "call_function":
             return "leaf"
         if is_item(node):
             source = arguments(node)[0]

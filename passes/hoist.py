@@ -73,6 +73,19 @@ def is_hoistable(place: Node) -> bool:
     return len(rows) < 2 or rows[0] not in ancestors(rows[1])  # states, of which one is made of the other
 
 
+def divides_by_carried(place: Node) -> bool:
+    """Whether each row that a place collects is divided by a number that is carried from step to step: no member of the
+    family is, so that there is nothing to be compared before the division is moved."""
+    rows = rows_of(place)
+    if rows is None or len(rows) < 2 or any(name_of(n) not in ("div", "true_divide") for n in rows):
+        return False
+    divisors = [arguments(n)[1] for n in rows[:2]]
+    if not all(isinstance(d, Node) for d in divisors):
+        return False
+    first, second = (ancestors(d) | {d} for d in divisors)
+    return any(name_of(n) == "select" and arguments(n)[2] == 0 for n in first & second)
+
+
 def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
     """Whole tensors for what a loop computes in each step by elementwise functions, also of numbers that it carries on:
     mLSTM's gates, which are relative to a running maximum. Each has its steps as the first dimension.

@@ -28,6 +28,7 @@ class KnownValues:
     def __init__(self, graph: GraphModule) -> None:
         self.graph = graph
         self._memo: dict[Node, torch.Tensor | None] = {}
+        self.ways: dict[Any, str] = {}  # how its nodes are evaluated at random points, for `field_values`
 
     def at(self, node: Any) -> torch.Tensor | None:
         """The value of a node, on the CPU, or None."""

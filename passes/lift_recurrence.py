@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
-from attncomp.passes.hoist import erase, gates_of, hoist, is_hoistable
+from attncomp.passes.hoist import divides_by_carried, erase, gates_of, hoist, is_hoistable
 from attncomp.passes.hoist_blocks import hoist_blocks
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
@@ -47,6 +47,9 @@ _SMALL = 1 << 24
 
 _BACKWARDS = ((True, True), (True, False), (False, True))
 """Whether the first step reads the last rows, and gives the last row; tried behind (False, False)."""
+
+_LONG = 256
+"""Steps of a loop that is compared once, with all that may be made of its steps; a shorter one first without."""
 
 _PIECES = 3
 """Steps that stay alive, of a recurrence whose states are used by others."""
@@ -107,8 +110,10 @@ def _inner(
 ) -> list[Site]:
     """The recurrences among the places that were made of one, and the sums of their rows."""
     sites: list[Site] = []
-    left = list(made)
-    for node in made:
+    left = sorted(made, key=lambda n: -value_of(n).numel())  # rows before their sums
+    for node in list(left):
+        if node not in left:
+            continue
         search = _Search(graph, known, Place(node, (node,), True), claimed, seen, collected)
         try:
             site = search.result()
@@ -186,10 +191,20 @@ class _Search:
         key, places_of = key_of(region, outputs)
         if key in self.seen:
             return self._as_before(self.seen[key], places_of)
-        result = self._searched(region, outputs, ways)
-        if not isinstance(result, Site) and self.place.stepwise and not is_hoistable(self.place.node):
+        result: Site | Rejection | None = None
+        hoistable = self.place.stepwise and is_hoistable(self.place.node)
+        steps: list[Node] = []
+        if hoistable and divides_by_carried(self.place.node):
+            result = Rejection("not-a-recurrence", "its rows are divided by what the loop carries")
+        else:
+            rows = arguments(self.place.node)[0]
+            if self.place.stepwise and not hoistable and isinstance(rows, list | tuple) and len(rows) >= _LONG:
+                self.extra = steps = whole_steps(self.graph, in_order(self.graph, inside))
+            result = self._searched(region, outputs, ways)
+        if not isinstance(result, Site) and self.place.stepwise and not hoistable:
             gates, self.scratch = gates_of(self.graph, self.place.node)
-            self.extra = [*whole_steps(self.graph, in_order(self.graph, inside)), *gates]
+            steps = steps or whole_steps(self.graph, in_order(self.graph, inside))
+            self.extra = [*steps, *gates]
             again = self._searched(region, outputs, ways) if self.extra else None
             result = again or result
             erase(self.graph, set(self.scratch), self._needed())
