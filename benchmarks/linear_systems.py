@@ -16,6 +16,7 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops import associative_scan, scan
 
 INF = math.inf
 
@@ -315,6 +316,32 @@ def gla(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 @_in_float32
+def gla_scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """The loop as an operator of torch, which nobody unrolls."""
+
+    def step(state: Tensor, row: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q_t, k_t, v_t, g_t = row
+        state = state * F.logsigmoid(g_t).exp()[..., None] + k_t[..., :, None] * v_t[..., None, :]
+        return state, (q_t[..., None, :] @ state).squeeze(-2)
+
+    start = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+    rows: Tensor = scan(step, start, (q, k, v, gate.to(q.dtype)), dim=2)[1]
+    return rows
+
+
+@_in_float32
+def ssd_tree(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Mamba's way to run a recurrence in parallel: a tree over pairs of a decay and what was written under it."""
+
+    def joined(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return x[0] * y[0], y[0] * x[1] + y[1]
+
+    decay = F.logsigmoid(gate).exp()[..., None, None].to(q.dtype)
+    states: Tensor = associative_scan(joined, (decay, k[..., :, None] * v[..., None, :]), 2, combine_mode="generic")[1]
+    return (q[..., None, :] @ states).squeeze(-2)
+
+
+@_in_float32
 def gla_parallel(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Queries times the exponential of the summed gates, keys times its inverse: overflows where the loop does not."""
     total = F.logsigmoid(gate).cumsum(2)
@@ -561,6 +588,8 @@ SYSTEMS = (
     System("Mamba-2", "arXiv:2405.21060", "masked product", ssd_quadratic, _token_gates),
     System("Mamba-2, chunks", "arXiv:2405.21060", "chunks at once", ssd_chunks, _token_gates),
     System("GLA", "arXiv:2312.06635", "loop over time", gla, _channel_gates),
+    System("Mamba-2, tree", "arXiv:2405.21060", "associative scan", ssd_tree, _token_gates),
+    System("GLA, scan", "arXiv:2312.06635", "scan", gla_scan, _channel_gates),
     System("GLA, parallel", "arXiv:2312.06635", "masked product", gla_parallel, _channel_gates),
     System("HGRN2", "arXiv:2404.07904", "loop over time", hgrn2, _qkv),
     System("GSA", "arXiv:2409.07146", "loop over time", gsa, _channel_gates),
