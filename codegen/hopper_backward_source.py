@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncomp.codegen.learned import learned_reads, score_derivative
 from attncomp.codegen.render import render
 from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_backward_source import (
@@ -18,10 +19,8 @@ from attncomp.codegen.tiled_backward_source import (
     backward_exponent,
     has_spread,
     keys_context,
-    learned_reads,
     queries_context,
     scale_text,
-    score_derivative,
 )
 from attncomp.codegen.tiled_source import Arguments, Described, Exponent, common_context, program_context
 from attncomp.expr import axes_of, loads_of

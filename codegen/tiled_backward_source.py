@@ -9,10 +9,20 @@ that a value reads gets ``g * d program / d c``, added up over all pairs that re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from attncomp.codegen.learned import (
+    Learned,
+    learned_reads,
+    learned_tensors,
+    pair_kernels,
+    score_derivative,
+    stored_reads,
+    stores_pairs,
+    table_dimension,
+)
 from attncomp.codegen.printer import Level, Printer
 from attncomp.codegen.render import render
 from attncomp.codegen.spans import KEY_SPANS, QUERY_SPANS, span_reads, span_texts, uses_spans
@@ -30,7 +40,6 @@ from attncomp.codegen.tiled_source import (
     program_context,
     static_length,
 )
-from attncomp.derivative import derivative
 from attncomp.expr import (
     TRUE,
     ZERO,
@@ -39,11 +48,8 @@ from attncomp.expr import (
     Expr,
     Load,
     Op,
-    Score,
-    axes_of,
     gt,
     le,
-    loads_of,
     sub,
     walk,
 )
@@ -51,64 +57,6 @@ from attncomp.plan import Plan
 from attncomp.spec import AttentionSpec, I, J
 
 BACKWARD = "tiled_backward.py.jinja"
-
-_ENTRIES = 128
-"""Longest table whose gradient is summed entry by entry in registers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A captured element that needs a gradient: a read in an expression, and the derivative of the expression by it."""
-
-    load: Load
-    derivative: Expr
-    name: str
-
-    @property
-    def axes(self) -> frozenset[str]:
-        return axes_of(self.load)
-
-    @property
-    def by_pair(self) -> bool:
-        return {"i", "j"} <= self.axes
-
-
-class NoDerivativeError(Exception):
-    """A program can't be differentiated; the message says by what."""
-
-
-def learned_reads(spec: AttentionSpec, e: Expr, prefix: str) -> tuple[Learned, ...]:
-    """The reads of captured tensors in `e` that gradients flow through.
-
-    Raises:
-        NoDerivativeError: an operation on the way has no derivative.
-    """
-    found: list[Learned] = []
-    learned = {t.name for t in spec.captured if t.requires_grad}
-    for load in loads_of(e):
-        if load.kind == "float" and load.tensor in learned:
-            slope = derivative(e, load)
-            if slope is None:
-                raise NoDerivativeError(f"{e} by {load}")
-            if slope != Const(0.0):
-                found.append(Learned(load, slope, f"{prefix}{len(found)}"))
-    return tuple(found)
-
-
-def score_derivative(spec: AttentionSpec) -> Expr:
-    """d program / d S.
-
-    Raises:
-        NoDerivativeError: an operation on the way has no derivative.
-    """
-    slope = derivative(spec.program, Score())
-    if slope is None:
-        raise NoDerivativeError(f"{spec.program} by S")
-    return slope
-
-
-def learned_tensors(spec: AttentionSpec) -> tuple[str, ...]:
-    return tuple(t.name for t in spec.captured if t.requires_grad)
 
 
 def backward_exponent(spec: AttentionSpec) -> Exponent:
@@ -535,7 +483,7 @@ def _pairs(plan: Plan, exponent: Exponent, x: Learned, name: str, functions: set
         inside=_EDGE,
         masks={"j": "j_ok"},
     )
-    table = _table_dimension(spec, x) if diagonal is None else diagonal
+    table = table_dimension(spec, x) if diagonal is None else diagonal
     item = _item(after, x, "i") if diagonal is None else {"name": x.name, "tensor": x.load.tensor}
     context: dict[str, Any] = {
         **_blocks(plan.params["pairs"]),
@@ -574,59 +522,6 @@ def _split(number: str, axes: Sequence[str], heads: int) -> list[tuple[str, str]
     return (
         [("b", f"{number} // {heads}"), ("h", f"{number} % {heads}")] if len(axes) == 2 else [(a, number) for a in axes]
     )
-
-
-def stores_pairs(spec: AttentionSpec, load: Load) -> bool:
-    """Whether every pair reads an element of its own, so that gradients are stored and not added up."""
-    shape = spec.tensor(load.tensor).shape
-    bare = [index for index, size in zip(load.index, shape, strict=True) if size != Const(1)]
-    names = [index.name for index in bare if isinstance(index, Axis)]
-    others = sum(n.tensor == load.tensor for n in loads_of(spec.program))
-    sink = spec.normaliser.sink
-    shared = sink is not None and any(n.tensor == load.tensor for n in loads_of(sink))
-    return len(names) == len(bare) and len(set(names)) == len(names) and others == 1 and not shared
-
-
-def _table_dimension(spec: AttentionSpec, x: Learned) -> int | None:
-    """The one dimension, short and of fixed size, that varies within a tile; None if there is none such."""
-    varying = [dim for dim, index in enumerate(x.load.index) if axes_of(index) & {"i", "j"}]
-    if len(varying) != 1:
-        return None
-    size = spec.tensor(x.load.tensor).shape[varying[0]]
-    return varying[0] if isinstance(size, Const) and int(size.value) <= _ENTRIES else None
-
-
-def stored_tensors(spec: AttentionSpec) -> frozenset[str]:
-    """The learned tensors whose gradients are stored, each element once, in their own dtype."""
-    own = {x.load.tensor for x in pair_kernels(spec) if stores_pairs(spec, x.load)}
-    return frozenset(own | {x.load.tensor for x in stored_reads(spec)})
-
-
-def added_tensors(spec: AttentionSpec) -> frozenset[str]:
-    """The learned tensors to whose gradients several programs add, in an order that differs from run to run."""
-    return frozenset(learned_tensors(spec)) - stored_tensors(spec)
-
-
-def stored_reads(spec: AttentionSpec) -> tuple[Learned, ...]:
-    """The learned reads whose gradients ``queries`` stores: each pair of each head and sequence has its own element."""
-    single = {axis for axis in ("b", "h") if spec.size(axis) == Const(1)}
-    return tuple(
-        x
-        for x in learned_reads(spec, spec.program, "p")
-        if x.by_pair and stores_pairs(spec, x.load) and {"b", "h"} <= x.axes | single
-    )
-
-
-def pair_kernels(spec: AttentionSpec) -> tuple[Learned, ...]:
-    """The learned reads that have a kernel ``pairs_n`` of their own, in order."""
-    stored = stored_reads(spec)
-    return tuple(x for x in learned_reads(spec, spec.program, "p") if x.by_pair and x not in stored)
-
-
-def has_every_pair(plan: Plan) -> bool:
-    """Whether the kernels visit all pairs, so that what they store needs no zeros before."""
-    proof = plan.proof
-    return proof.key_lo == ZERO and proof.key_hi == plan.spec.size("j") and not uses_spans(plan)
 
 
 def _blocks(tile: Mapping[str, int]) -> dict[str, Any]:

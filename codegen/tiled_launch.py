@@ -23,21 +23,13 @@ from attncomp.codegen.hopper_backward_source import (
 from attncomp.codegen.hopper_schedule import schedule, turns
 from attncomp.codegen.hopper_source import QUEUE, hopper_arguments, hopper_source
 from attncomp.codegen.launch import Boxes, Launch, PreparedLaunch, current_stream, describable
+from attncomp.codegen.learned import has_every_pair, learned_tensors, pair_kernels, stored_reads, stored_tensors
 from attncomp.codegen.prepared import ALIGNMENT, Memo, Output, meta, signature
 from attncomp.codegen.printer import LONGEST
 from attncomp.codegen.straight_calls import Repeats, Straight, straight_call
 from attncomp.codegen.tabulate import at_distance
 from attncomp.codegen.tile_reads import tile_reads
-from attncomp.codegen.tiled_backward_source import (
-    backward_arguments,
-    backward_source,
-    has_every_pair,
-    has_spread,
-    learned_tensors,
-    pair_kernels,
-    stored_reads,
-    stored_tensors,
-)
+from attncomp.codegen.tiled_backward_source import backward_arguments, backward_source, has_spread
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source, keeps_rows
 from attncomp.plan import BY_HEAD, Plan
 from attncomp.variant import Inputs

@@ -14,17 +14,12 @@ from attncomp.codegen.compile import has_triton, interprets
 from attncomp.codegen.dropout import seeded, with_seed
 from attncomp.codegen.hopper_backward_source import hopper_backward_source
 from attncomp.codegen.hopper_source import hopper_source
+from attncomp.codegen.learned import NoDerivativeError, added_tensors, learned_reads, score_derivative
 from attncomp.codegen.ops import attention
 from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.spans import has_spans, spans_work, with_spans
 from attncomp.codegen.tabulate import table_tensors, tabulate
-from attncomp.codegen.tiled_backward_source import (
-    NoDerivativeError,
-    added_tensors,
-    backward_source,
-    learned_reads,
-    score_derivative,
-)
+from attncomp.codegen.tiled_backward_source import backward_source
 from attncomp.codegen.tiled_launch import backward, forward, kernels_of
 from attncomp.codegen.tiled_source import dropped_below, forward_source
 from attncomp.codegen.tiled_tiles import (

@@ -21,8 +21,8 @@ from attncomp.codegen.hopper_backward_source import (
     hopper_kernels,
 )
 from attncomp.codegen.launch import box_layout
+from attncomp.codegen.learned import stored_tensors
 from attncomp.codegen.spans import spanned_plan
-from attncomp.codegen.tiled_backward_source import stored_tensors
 from attncomp.codegen.tiled_tiles import hopper_backward_tiles
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.expr import Const, Expr, Load, Score, add, maximum, minimum, mod, mul, op, sub, to_float
