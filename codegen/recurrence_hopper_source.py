@@ -22,17 +22,16 @@ _WIDTH = 128
 
 def hopper_params(dtype: str, d: int, e: int, form: KernelForm, hardware: Hardware) -> dict[str, int] | None:
     """The kernel's parameters; None where the plain one serves: another device, dtype or width (rows are copied by 16
-    bytes), gates for channels, values with weights, and no gates at all without the delta rule, where the plain one is
-    as fast as memory.
+    bytes), gates for channels, and forms without the delta rule. Of these the kernel can do gates of tokens, but how
+    fast it is was not measured, and without gates the plain one is as fast as memory.
 
-    stages: places for the tiles of a chunk.
+    stages: places for the tiles of a chunk; three of them have room without the delta rule.
     """
-    scalar = form.per == "token" and form.weighted == "none"
-    known = form.per != "channel" if form.delta else scalar
+    known = form.delta and form.per != "channel"
     fits = all(_WIDTH // 2 < w <= _WIDTH and w % 8 == 0 for w in (d, e))
     if not known or not fits or dtype != "bfloat16" or hardware.capability != (9, 0) or not knows_gluon():
         return None
-    return {"stages": 2 if form.delta else 3}
+    return {"stages": 2}
 
 
 def hopper_tensors(shape: Shape) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from attncomp.codegen.recurrence_source import Shape
 from attncomp.codegen.tiled_tiles import knows_gluon
 from attncomp.codegen.variants.chunked_recurrence import CHUNKED_RECURRENCE
 from attncomp.plan import Plan
+from attncomp.spec import AttentionSpec
 from attncomp.variant import Inputs, Offer
 from tests.codegen.linear_cases import relative
 from tests.codegen.recurrence_builds import ELEMENT, resources
@@ -26,15 +27,23 @@ from tests.codegen.recurrence_cases import errors, make_case, oracle, plan_of, r
 pytest.importorskip("triton")
 
 
+def _with_kernel(plan: Plan, form: KernelForm) -> Plan:
+    """Also where it is not chosen."""
+    return replace(plan, params={**plan.params, "hopper": {"stages": 2 if form.delta else 3}})
+
+
 def _plan(name: str, **more: Any) -> tuple[Plan, KernelForm]:
     """As on an H100, in bfloat16."""
     spec = make_case(name, dtype="bfloat16", gate_dtype="float32", **{"heads": 4, "length": 256, **more}).spec
-    plan = plan_of(spec, "cuda")
+    return plan_of(spec, "cuda"), _form(spec)
+
+
+def _form(spec: AttentionSpec) -> KernelForm:
     whole = recognise_form(spec)
     assert isinstance(whole, RecurrenceForm)
     form = kernel_form(spec, whole)
     assert isinstance(form, KernelForm)
-    return plan, form
+    return form
 
 
 # -- which forms it serves -------------------------------------------------------------------------------------------
@@ -43,14 +52,15 @@ def _plan(name: str, **more: Any) -> tuple[Plan, KernelForm]:
 @pytest.mark.parametrize(
     ("name", "more", "taken"),
     [
-        ("token", {"width": 128}, True),
-        ("retention", {"width": 96, "value_width": 72}, True),
+        ("gated delta", {"width": 128}, True),
+        ("gated delta", {"width": 96, "value_width": 72}, True),
         ("gated delta with states", {"width": 128}, True),
         ("delta", {"width": 80}, True),
         ("plain with states", {"width": 128}, False),
-        ("token", {"width": 100}, False),
-        ("token", {"width": 64}, False),
-        ("token", {"width": 128, "value_width": 64}, False),
+        ("token", {"width": 128}, False),
+        ("delta", {"width": 100}, False),
+        ("delta", {"width": 64}, False),
+        ("gated delta", {"width": 128, "value_width": 64}, False),
         ("weighted values", {"width": 128}, False),
         ("channel", {"width": 128}, False),
         ("channel delta", {"width": 128}, False),
@@ -63,13 +73,13 @@ def test_what_it_serves(name: str, more: dict[str, Any], taken: bool) -> None:
 
 
 def test_only_bfloat16_on_hopper() -> None:
-    spec = make_case("token", dtype="bfloat16", width=128).spec
+    spec = make_case("gated delta", dtype="bfloat16", width=128).spec
     usual = request(spec, "cuda")
     found = CHUNKED_RECURRENCE.accept(replace(usual, hardware=replace(usual.hardware, capability=(10, 0))))
     assert isinstance(found, Offer)
     assert "hopper" not in found.params
     for dtype in ("float16", "float32"):
-        assert "hopper" not in plan_of(make_case("token", dtype=dtype, width=128).spec, "cuda").params
+        assert "hopper" not in plan_of(make_case("gated delta", dtype=dtype, width=128).spec, "cuda").params
 
 
 # -- numbers and order -----------------------------------------------------------------------------------------------
@@ -186,6 +196,7 @@ def test_fits_the_registers_and_the_shared_memory(name: str) -> None:
     from triton.backends.compiler import GPUTarget
 
     plan, form = _plan(name, width=128)
+    plan = _with_kernel(plan, form)
     shape = Shape.of(plan, form)
     element = {"system": "bf16", **dict.fromkeys(("q", "k", "v", "out"), ELEMENT["bfloat16"])}
     tensors, numbers = hopper_tensors(shape), hopper_numbers(shape)
@@ -205,8 +216,7 @@ def test_fits_the_registers_and_the_shared_memory(name: str) -> None:
 @pytest.mark.parametrize("name", ["token", "gated delta"])
 def test_source(name: str, golden: Callable[[str, str], None]) -> None:
     plan, form = _plan(name, width=128)
-    plan = replace(plan, params={**plan.params, "hopper": {"stages": 2 if form.delta else 3}})
-    golden(f"recurrence_hopper_{name.replace(' ', '_')}", hopper_source(plan, form))
+    golden(f"recurrence_hopper_{name.replace(' ', '_')}", hopper_source(_with_kernel(plan, form), form))
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
@@ -234,8 +244,7 @@ def _hopper() -> bool:
 @pytest.mark.parametrize(("name", "more"), ON_A_GPU)
 def test_numbers_on_the_gpu(name: str, more: dict[str, Any]) -> None:
     case = make_case(name, dtype="bfloat16", gate_dtype="float32", learned=False, **{"heads": 4, "width": 128, **more})
-    plan = plan_of(case.spec, "cuda")
-    assert "hopper" in plan.params
+    plan = _with_kernel(plan_of(case.spec, "cuda"), _form(case.spec))
     x = tensors_of(case)
     want, state = oracle(case.spec, {n: t.double() for n, t in x.items()})
     q, k, v, *captured = (t.cuda() for t in x.values())
@@ -250,7 +259,7 @@ def test_numbers_on_the_gpu(name: str, more: dict[str, Any]) -> None:
 @pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU")
 def test_rows_that_can_not_be_copied_as_they_lie() -> None:
     case = make_case("token", dtype="bfloat16", gate_dtype="float32", learned=False, heads=4, length=900, width=128)
-    plan = plan_of(case.spec, "cuda")
+    plan = _with_kernel(plan_of(case.spec, "cuda"), _form(case.spec))
     q, k, v, gate = (t.cuda() for t in tensors_of(case).values())
     first, _ = CHUNKED_RECURRENCE.forward(plan, Inputs(q, k, v, [gate], ()))
     apart = torch.empty((*q.shape[:3], 129), dtype=q.dtype, device=q.device)[..., :128]
