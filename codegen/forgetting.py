@@ -12,8 +12,9 @@ keys; where it is at most a `share`, the m keys are skipped (adaptive computatio
 for each block of `BLOCK` queries, in whole blocks of keys, and of a later block of queries never fewer than of an
 earlier one.
 
-Nothing is assumed of the data: where a number is NaN or infinite, nothing is skipped. The rows differ from those of all
-keys by at most 2 share max |v|, apart from rounding; gradients are those of the attention to the keys that are left.
+Nothing is assumed of the data: where a query, a key or a gate is NaN or infinite, nothing is skipped. The rows differ
+from those of all keys by at most 2 share max |v|, apart from rounding; a value that is NaN or infinite is not seen
+where its key is skipped. Gradients are those of the attention to the keys that are left.
 """
 
 from __future__ import annotations

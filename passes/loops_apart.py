@@ -23,6 +23,7 @@ from attncomp.passes.inline import CHECKPOINT
 from attncomp.passes.nodes import ancestors, argument, arguments, dimension, name_of, value_of
 from attncomp.passes.recurrence_anchors import places
 from attncomp.passes.site import Missed, Site
+from attncomp.passes.views import VIEWS
 
 _SOFTMAX = ("softmax", "_softmax")
 _COLUMNS = 64
@@ -177,11 +178,22 @@ def _made(graph: GraphModule, place: Node, column: Column, rows: Sequence[Node])
     steps = []
     for t, old in enumerate(column):
         taken = new(torch.ops.aten.select.int, (softmax, 0, t), {}, value_of(old), old)
+        returned = [u for u in old.users if _is_returned(u)]
+        if returned:  # tensors of their own there, which share no memory
+            own = new(torch.ops.aten.clone.default, (taken,), {}, value_of(old), old)
+            old.replace_all_uses_with(own, delete_user_cb=returned.__contains__)
         old.replace_all_uses_with(taken)
         graph.graph.erase_node(old)
         steps.append(taken)
     _sort(graph.graph)
     return Apart(tuple(rows), softmax, tuple(steps), dim - 1)
+
+
+def _is_returned(user: Node) -> bool:
+    """Whether a node may give what it reads, or a view of it, to the graph's caller."""
+    if user.op == "output":
+        return True
+    return name_of(user) in VIEWS and any(map(_is_returned, user.users))
 
 
 def _sort(graph: Graph) -> None:

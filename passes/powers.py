@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attncomp.passes.nodes import ancestors, name_of, value_of
 from attncomp.passes.recurrence_anchors import places
+from attncomp.passes.views import VIEWS
 
 _MOST = 1 << 24
 """Elements of the largest tensor that is looked at."""
@@ -116,7 +117,21 @@ def _is_fixed(node: Node, value: Any) -> bool:
         return False
     static = all(type(s) is int for s in value_of(node).shape)
     written = any(name_of(u) in ("copy_", "copy") or u.target is torch.ops.aten.copy_.default for u in node.users)
-    return static and not written and value.dtype.is_floating_point and value.numel() <= _MOST
+    fits = static and not written and value.dtype.is_floating_point and value.numel() <= _MOST
+    return fits and not _is_widened(node, value.dtype)
+
+
+def _is_widened(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a tensor is read in a wider type, in which its own rounding is no rounding error."""
+    for user in node.users:
+        value = value_of(user)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        if torch.finfo(value.dtype).eps < torch.finfo(dtype).eps:
+            return True
+        if name_of(user) in VIEWS and _is_widened(user, dtype):
+            return True
+    return False
 
 
 def _lines(x: torch.Tensor) -> int:

@@ -108,7 +108,8 @@ class _Run:
             return unread or captured, []
         graph = captured.graph
         values = Values.of(graph, (*captured.lifted, *inputs))
-        powers = assume_powers(graph, values.inputs)
+        given = dict(list(values.inputs.items())[len(captured.lifted) :])  # what calls give can be compared
+        powers = assume_powers(graph, given)
         written = write_out_scans(graph) if scans else []
         found = lift(graph)
         if lost := [s for s in written if not s.is_found(found)]:
@@ -118,7 +119,7 @@ class _Run:
         traces: Traces = {}
         assumed = [_assumed(item, powers) for item in found]
         reports = [self._site(graph, item, values, traces, one_plan) for item in found]
-        places = {n: i - len(captured.lifted) for i, n in enumerate(values.inputs)}
+        places = {n: i for i, n in enumerate(given)}
         names = [n.name for n in dynamo_graph.graph.nodes if n.op == "placeholder"]
         for number, on in enumerate(assumed):
             if reports[number].verdict == "rewritten":

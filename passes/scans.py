@@ -37,8 +37,8 @@ _LARGEST = 256
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """A scan that was written out. items: what read its results, and what is read in their place. made: all nodes of
-    its steps; step: how many nodes one has."""
+    """A scan that was written out. items: what read its results, and what is read in their place, each a node of its
+    own among those that were made. made: all nodes of its steps; step: how many nodes one has."""
 
     node: Node
     items: Mapping[Node, Node]
@@ -98,8 +98,8 @@ def write_out_scans(graph: GraphModule) -> list[Scan]:
             if step is None or len(step.given) != len((*init, *rows, *others)):
                 continue
             operands = (*init, *rows, *others)
-            if any(not n.users and a.meta.get("attncomp_grad") for n, a in zip(step.given, operands, strict=True)):
-                continue  # the operator's backward gives it zeros, a loop's nothing
+            if not _has_same_gradients(node, step, operands, len(init)):
+                continue
             promising = _is_promising(step, init, rows, others)
         except Exception:  # a fault here must not cost the graph its other attention
             log.debug("a scan was not looked into", exc_info=True)
@@ -140,6 +140,25 @@ def _body_of(captured: Captured) -> _Body | None:
     read = tuple(_uncopied(n) for n in results if isinstance(n, Node))
     needed = set(read).union(*map(ancestors, read))
     return _Body(given, tuple(n for n in inside if n in needed), read)
+
+
+def _has_same_gradients(node: Node, step: _Body, operands: Sequence[Node], carried: int) -> bool:
+    """Whether gradients flow to the same operands, and from the same results, where the steps stand in the graph.
+
+    The operator's results all have one if an operand has, and its backward gives zeros where a loop's gives nothing.
+    """
+    flows: dict[Node, set[int]] = {n: {i} for i, n in enumerate(step.given)}
+    for n in step.nodes:
+        read = [flows[a] for a in n.all_input_nodes] if n.meta.get("attncomp_grad", True) else []
+        flows[n] = set().union(*read)
+    of_results = [flows[n] for n in step.results]
+    for _ in range(carried):  # what flows into a state flows into what is made of it
+        of_results = [f.union(*(of_results[i] for i in f if i < carried)) for f in of_results]
+    learned = {i for i, a in enumerate(operands) if a.meta.get("attncomp_grad", False)}
+    used = {int(u.args[1]): u for u in node.users}  # type: ignore[arg-type]  # the number of a result
+    if not learned.issubset(set().union(*(of_results[i] for i in used))):
+        return False
+    return all(u.meta.get("attncomp_grad", False) == bool(learned & of_results[i]) for i, u in used.items())
 
 
 def _uncopied(node: Node) -> Node:
@@ -210,9 +229,16 @@ def _written_out(
     with graph.graph.inserting_before(node):
         writer = _Writer(graph.graph, mode, node.meta)
         carries, results = writer.loop(step, init, rows, others, steps)
-    items = {u: [*carries, *results][int(u.args[1])] for u in list(node.users)}  # type: ignore[arg-type]  # its number
-    for item, new in items.items():
-        item.replace_all_uses_with(new)
+        made = set(writer.made)
+        items: dict[Node, Node] = {}
+        for item in list(node.users):
+            new = [*carries, *results][int(item.args[1])]  # type: ignore[arg-type]  # its number
+            given = new not in made  # a state that no step changes
+            if given or new in items.values():
+                new = writer.call(torch.ops.aten.clone.default, new)
+            item.replace_all_uses_with(new)
+            if not given:
+                items[item] = new
     return Scan(node, items, tuple(writer.made), len(step.nodes) + len(rows))
 
 

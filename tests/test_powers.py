@@ -129,6 +129,56 @@ def test_rounded_before_they_were_widened_is_kept() -> None:
     assert recurrences(agree(Blocks().double(), *operands(dtype=torch.float64))) == 0
 
 
+def promoted(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, queries: Tensor, keys: Tensor, pairs: Tensor) -> Tensor:
+    state, rows = q.new_zeros(*q.shape[:2], WIDTH, WIDTH), []
+    for start in range(0, q.shape[2], BLOCK):
+        a, b, c = (x[:, :, start : start + BLOCK] for x in (q, k, v))
+        rows.append((a * queries) @ state + (a @ b.transpose(-1, -2) * pairs) @ c)
+        state = state * torch.exp(-slope.to(q.dtype) * BLOCK) + (b * keys).transpose(-1, -2) @ c
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_read_in_a_wider_type_is_kept(dtype: torch.dtype) -> None:
+    """The rounding of a decay's own type would be an error there."""
+    model = Blocks()
+    buffers = (model.slope, model.queries, model.keys, model.pairs)
+    found = agree(promoted, *operands(dtype=dtype), *buffers)
+    assert recurrences(found) == (dtype is torch.float32)
+
+
+def test_buffers_that_the_graph_holds_are_kept() -> None:
+    """What is not given at each call can't be compared then."""
+    model, args = Blocks(), [x.detach() for x in operands()]
+    buffers = [model.slope, model.queries, model.keys, model.pairs]
+
+    def holding(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        for n, (node, x) in enumerate(zip(nodes, inputs, strict=True)):
+            if any(x.data_ptr() == b.data_ptr() for b in buffers):
+                graph.register_buffer(f"held_{n}", x)
+                with graph.graph.inserting_before(node):
+                    held = graph.graph.get_attr(f"held_{n}")
+                held.meta = dict(node.meta)
+                node.replace_all_uses_with(held)
+                graph.graph.erase_node(node)
+        graph.recompile()
+        own = [n for n, x in enumerate(inputs) if all(x.data_ptr() != b.data_ptr() for b in buffers)]
+        assert len(own) == 3
+        fast = attncomp.backend.attncomp(
+            graph, [inputs[n] for n in own], options={"policy": ALWAYS, "executor": "eager"}
+        )
+        return lambda *given: fast(*(given[n] for n in own))
+
+    torch._dynamo.reset()
+    clear_reports()
+    fast = torch.compile(model, backend=holding)
+    assert difference(fast(*args), model(*args)) < 1e-5
+    assert [r.fallback for r in reports()] == [None]
+    model.queries.mul_(0.5)
+    assert difference(fast(*args), model(*args)) < 1e-5
+
+
 def in_place(x: Tensor) -> None:
     with torch.no_grad():
         x.mul_(0.5)

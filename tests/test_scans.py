@@ -132,6 +132,58 @@ def test_an_operand_that_nothing_reads_gets_zeros_as_from_the_operator() -> None
     assert found.eager.gradients[3] is not None
 
 
+def unchanged(s: Any, x: tuple[Tensor, ...]) -> Any:
+    s, c, d = s
+    s = s * torch.sigmoid(x[3])[..., None] + outer(x[1], x[2])
+    return (s, c.clone(), d.clone()), read(x[0], s) * c[..., None] + d[..., None]
+
+
+def exchanged(s: Any, x: tuple[Tensor, ...]) -> Any:
+    (s, c, d), row = unchanged(s, x)
+    return (s, d, c), row + c.sum() + d.sum()
+
+
+def twice(s: Any, x: tuple[Tensor, ...]) -> Any:
+    s = s[0] * torch.sigmoid(x[3])[..., None] + outer(x[1], x[2])
+    return (s, s.clone(), s.clone()), read(x[0], s)
+
+
+@pytest.mark.parametrize("step", [unchanged, exchanged, twice])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_states_that_are_what_is_given_or_one_another(step: Callable[..., Any], gradients: bool) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, s: Tensor) -> Any:
+        start = (s, s * 2, s * 3) if step is twice else (s, b[0] + 0, b[1] + 0)
+        last, rows = scan(step, start, (q, k, v, g))
+        return (rows, *last, start[1].sin())
+
+    found = agree(run, *(x.detach().requires_grad_(gradients) for x in operands()))
+    assert not any("error" in v for v in found.verdicts)
+    if step is not twice and not gradients:
+        assert "linear rewritten mask=causal" in found.verdicts
+
+
+def of_detached_values(s: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    s = s * torch.sigmoid(x[3])[..., None] + outer(x[1], x[2].detach())
+    return s, read(x[0], s)
+
+
+def test_an_operand_that_is_detached_gets_zeros_as_from_the_operator() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, s: Tensor) -> Any:
+        return scan(of_detached_values, s, (q, k, v, g))[1]
+
+    found = agree(run, *operands())
+    assert not found.sites
+    assert found.eager.gradients[2] is not None
+
+
+def test_results_require_gradients_as_those_of_the_operator() -> None:
+    """All of them do if one operand does, also the last state, to which none flows from the queries."""
+    args = [x.detach().requires_grad_(n == 0) for n, x in enumerate(operands())]
+    found = agree(model(channels, final=True, given=True), *args)
+    assert found.eager.outputs[1].requires_grad
+    assert not found.sites
+
+
 def test_without_gradients() -> None:
     assert agree(model(channels), *(x.detach() for x in operands())).site.verdict == "rewritten"
 

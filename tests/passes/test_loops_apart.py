@@ -159,6 +159,22 @@ def test_putting_back_is_the_graph_that_was() -> None:
     assert sorted(map(str, operators)) == sorted(str(n.target) for n in graph.graph.nodes)
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_weights_that_are_returned_share_no_memory(view: bool) -> None:
+    def model(*x: Tensor) -> Any:
+        steps: list[Tensor] = []
+
+        def weights(t: int, scores: Tensor, old: Tensor) -> Tensor:
+            steps.append(scores.softmax(-1))
+            return steps[-1]
+
+        rows = slots(weights)(*x)
+        return rows, [s.unsqueeze(0) for s in steps] if view else steps
+
+    found = agree(model, *tensors())
+    assert found.verdicts == ["linear rewritten mask=causal"] * 2
+
+
 def test_two_layers() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, write: Tensor, gate: Tensor) -> Any:
         first = slots()(q, k, v, write, gate)
