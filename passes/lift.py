@@ -23,6 +23,7 @@ from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax, weights_path
 from attncomp.passes.loops_apart import Apart, loops_apart
 from attncomp.passes.nodes import name_of
+from attncomp.passes.row_maximum import without_row_maxima
 from attncomp.passes.site import Missed, Site, attempted, missed
 from attncomp.variant import Rejection
 
@@ -32,11 +33,13 @@ _SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax", *LOG_SOFT
 def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
     """Every attention in the graph, in graph order: lifted, or missed with a reason.
 
-    Products with sums of weights are taken apart in the graph, where that makes attentions of them.
+    Products with sums of weights are taken apart in the graph, and rows' maxima that are running ones out of it, where
+    that makes attentions of them.
     """
     guard_groups(graph)
     apart = distribute(graph)
     loops = loops_apart(graph)
+    stabilised = without_row_maxima(graph)
     found = _anchored(graph, loops)
     lost = [x for x in loops if not x.is_found(found)]
     if lost:
@@ -44,6 +47,15 @@ def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
             x.undo(graph)
         loops = [x for x in loops if x not in lost]
         found = _anchored(graph, loops)
+    kept = [s for s in stabilised if not s.is_found(found)]
+    for s in reversed(kept):
+        s.undo(graph)
+    for s in stabilised:
+        if s not in kept:
+            s.done(graph)
+    if stabilised:
+        left = set(graph.graph.nodes)
+        found = _anchored(graph, loops) if kept else [s for s in found if s.anchor in left]
     outputs = {s.output for s in found if isinstance(s, Site)}
     whole = [d for d in apart if not all(part in outputs or DISTRIBUTED in part.meta for part in d.parts)]
     if whole:

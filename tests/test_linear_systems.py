@@ -18,7 +18,6 @@ KEPT = {
     "L2ViT": "",
     "SANA": "",
     "RALA": "no-score-contraction",
-    "mLSTM": "",
     "ScatterFormer": "",
 }
 """What stays as it is written, and the code of the reason; empty where nothing in it looks like what is lifted:

@@ -1,0 +1,181 @@
+"""Weights relative to their rows' maximum, where that is a running one: written without it, and right; near misses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import attncomp
+from tests.agreement import ALWAYS
+
+B, H, N, D, E = 2, 3, 9, 4, 5
+INF = math.inf
+OPTIONS: Any = {"policy": ALWAYS, "executor": "eager"}
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (B, H, N, D), "k": (B, H, N, D), "v": (B, H, N, E), "gate": (B, H, N), "entry": (B, H, N)}
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for n, s in shapes.items()}
+
+
+def mlstm(**changed: Any) -> Callable[..., Any]:
+    """mLSTM's quadratic form; changed: what one of its parts is instead."""
+    parts = {**PARTS, **changed}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, entry: Tensor) -> Any:
+        c = logsigmoid(gate).cumsum(-1)
+        logs = parts["masked"](parts["logs"](c, entry), torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril())
+        largest = parts["largest"](logs)
+        weights = parts["scores"](q, k) * torch.exp(logs - parts["shift"](largest))
+        return parts["result"](weights, parts["divisor"](weights, largest), v)
+
+    return attend
+
+
+PARTS: Mapping[str, Callable[..., Any]] = {
+    "logs": lambda c, e: c[..., :, None] - c[..., None, :] + e[..., None, :],
+    "masked": lambda x, seen: x.masked_fill(~seen, -INF),
+    "largest": lambda x: x.amax(-1, keepdim=True),
+    "shift": lambda m: m,
+    "scores": lambda q, k: q @ k.mT,
+    "divisor": lambda w, m: torch.maximum(w.sum(-1, keepdim=True).abs(), torch.exp(-m)) + 0.1,
+    "result": lambda w, d, v: (w / d) @ v,
+}
+
+
+def verdicts(attend: Callable[..., Any], x: Mapping[str, Tensor]) -> list[str]:
+    """After comparing output and gradients with eager mode."""
+    torch._dynamo.reset()
+    results = [torch.compile(attend, backend="attncomp", options=OPTIONS)(**x), attend(**x)]
+    pairs = [list(r) if isinstance(r, tuple) else [r] for r in results]
+    torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-10)
+    learned = [t for t in x.values() if t.requires_grad]
+    gradients = [
+        torch.autograd.grad(sum((r.sin().sum() for r in p), torch.zeros(())), learned, allow_unused=True) for p in pairs
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    return [s.verdict for s in attncomp.reports()[-1].sites]
+
+
+FOUND: dict[str, dict[str, Callable[..., Any]]] = {
+    "as the paper writes it": {},
+    "its maximum by max": {"largest": lambda x: torch.max(x, dim=-1, keepdim=True)[0]},
+    "without a dimension": {"largest": lambda x: x.amax(-1)[..., None]},
+    "no gradient of the maximum": {"largest": lambda x: x.amax(-1, keepdim=True).detach()},
+    "no gradient of what it is of": {"largest": lambda x: x.detach().amax(-1, keepdim=True)},
+    "no gradient of the shift alone": {"shift": lambda m: m.detach()},
+    "masked by where": {"masked": lambda x, seen: torch.where(seen, x, -INF)},
+    "masked by a tensor": {"masked": lambda x, seen: torch.where(~seen, torch.full_like(x, -INF), x)},
+    "another order": {"logs": lambda c, e: (e - c)[..., None, :] + c[..., :, None]},
+    "an entry by the query": {"logs": lambda c, e: c[..., :, None] - c[..., None, :] + e[..., :, None]},
+    "gates that grow": {"logs": lambda c, e: c[..., None, :] - c[..., :, None] + e[..., None, :]},
+    "a scale": {"scores": lambda q, k: q @ k.mT * 0.5},
+    "divided behind the product": {"result": lambda w, d, v: w @ v / d},
+    "no other divisor than a number": {"divisor": lambda w, m: w.sum(-1, keepdim=True).abs() + 1},
+    "another maximum in the divisor": {
+        "divisor": lambda w, m: torch.maximum(w.sum(-1, keepdim=True).abs(), torch.exp(-2 * m + 1))
+    },
+    "the maximum is a result too": {"result": lambda w, d, v: ((w / d) @ v, d)},
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_rows_and_their_sums_are_gated_sums(name: str) -> None:
+    assert verdicts(mlstm(**FOUND[name]), tensors()) == ["rewritten"] * 2
+
+
+def test_without_a_divisor() -> None:
+    assert verdicts(mlstm(result=lambda w, d, v: w @ v), tensors()) == ["rewritten"]
+
+
+KEPT: dict[str, dict[str, Callable[..., Any]]] = {
+    "the columns' maximum": {"largest": lambda x: x.amax(-2, keepdim=True)},
+    "the maximum of all": {"largest": lambda x: x.amax((-2, -1), keepdim=True)},
+    "another dimension's numbers": {"shift": lambda m: m.mT},
+    "twice the maximum": {"shift": lambda m: 2 * m},
+    "another matrix' maximum": {"largest": lambda x: (x + torch.arange(N)).amax(-1, keepdim=True)},
+    "the smallest": {"largest": lambda x: x.nan_to_num(neginf=0.0).amin(-1, keepdim=True)},
+    "a window": {"masked": lambda x, seen: x.masked_fill(~(seen & ~seen.tril(-3)), -INF)},
+    "one diagonal more": {"masked": lambda x, seen: x.masked_fill(torch.ones_like(seen).triu(2), -INF)},
+    "all keys": {"masked": lambda x, seen: x},
+    "later keys": {"masked": lambda x, seen: x.masked_fill(~seen.mT, -INF)},
+    "a mask of the data": {"masked": lambda x, seen: x.masked_fill(~seen | (x > 4), -INF)},
+    "a mask that is finite": {"masked": lambda x, seen: x.masked_fill(~seen, -3.0)},
+    "a term of pairs": {"logs": lambda c, e: c[..., :, None] - c[..., None, :] + e[..., None, :] * c[..., :, None]},
+    "a function of pairs": {"logs": lambda c, e: (c[..., :, None] - c[..., None, :]).tanh() + e[..., None, :]},
+    "weights that stay": {"result": lambda w, d, v: ((w / d) @ v, w.sum(-2))},
+    "two products": {"result": lambda w, d, v: (w / d) @ v + w @ v.cos()},
+    "a function of the weights": {"result": lambda w, d, v: (w / d).tanh() @ v},
+    "a divisor of pairs": {"result": lambda w, d, v: (w / (d + w.abs())) @ v},
+    "columns divided": {"result": lambda w, d, v: (w / d.mT) @ v},
+    "weights turned": {"result": lambda w, d, v: (w / d).mT @ v},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_only_looks_like_it_is_kept(name: str) -> None:
+    attend = mlstm(**KEPT[name])
+    assert "rewritten" not in verdicts(attend, tensors())
+
+
+def test_what_is_no_product_of_queries_and_keys_is_put_back() -> None:
+    """What was written otherwise is what others can't lift: the graph is as it was."""
+    x = tensors()
+    assert verdicts(mlstm(scores=lambda q, k: q[..., :1].cos() + k[..., 0][..., None, :].cos()), x) == []
+
+
+@pytest.mark.parametrize("by", ["max", "amax"])
+@pytest.mark.parametrize("changes", [2, 5])
+def test_equal_maxima_have_the_gradients_that_they_have(by: str, changes: int) -> None:
+    """Open gates, few entries: rows have their maximum more than once, and the divisor's number leaves a gradient."""
+    x = tensors()
+    entry = torch.randint(0, changes, (B, H, N), generator=torch.Generator().manual_seed(1)).double()
+    x |= {"gate": torch.full((B, H, N), 800.0, dtype=torch.float64).requires_grad_(), "entry": entry.requires_grad_()}
+    of = PARTS["largest"] if by == "amax" else FOUND["its maximum by max"]["largest"]
+    assert verdicts(mlstm(largest=of), x) == ["rewritten"] * 2
+
+
+@pytest.mark.parametrize("lowest", [-1e9, -INF])
+def test_keys_without_an_entry(lowest: float) -> None:
+    """They pass nothing on, also those in front of all others, whose rows are not numbers if there is nothing else."""
+    x = {n: t.detach() for n, t in tensors().items()}
+    x["entry"][0, :, :3] = lowest
+    x["entry"][1, :, 4:6] = lowest
+    torch._dynamo.reset()
+    attend = mlstm()
+    out = torch.compile(attend, backend="attncomp", options=OPTIONS)(**x)
+    torch.testing.assert_close(out, attend(**x), rtol=1e-8, atol=1e-10, equal_nan=True)
+    assert bool(out[0, :, :3].isnan().all()) == (lowest == -INF)
+    assert [s.verdict for s in attncomp.reports()[-1].sites] == ["rewritten"] * 2
+
+
+def test_long_rows_in_float32() -> None:
+    """2,000 steps; as close to float64 as what was written, for sums of gates that are far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 2000, 8, generator=generator) for _ in range(3))
+    gate, entry = (torch.randn(1, 2, 2000, generator=generator) for _ in range(2))
+    attend = mlstm()
+    right = attend(*(t.double() for t in (q, k, v, gate, entry)))
+    torch._dynamo.reset()
+    out = torch.compile(attend, backend="attncomp", options=OPTIONS)(q, k, v, gate, entry)
+    written = (attend(q, k, v, gate, entry) - right).norm()
+    assert float((out - right).norm()) < 4 * float(written)
+    assert [s.verdict for s in attncomp.reports()[-1].sites] == ["rewritten"] * 2
+
+
+def test_rounded_logarithms_are_kept() -> None:
+    x = {n: t.detach().to(torch.bfloat16) for n, t in tensors().items()}
+    torch._dynamo.reset()
+    out = torch.compile(mlstm(), backend="attncomp", options=OPTIONS)(**x)
+    torch.testing.assert_close(out, mlstm()(**x))
+    assert "rewritten" not in [s.verdict for s in attncomp.reports()[-1].sites]
