@@ -30,16 +30,16 @@ from attncomp.variant import Rejection
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "special_softmax", *LOG_SOFTMAX)
 
 
-def lift(graph: torch.fx.GraphModule) -> list[Site | Missed]:
+def lift(graph: torch.fx.GraphModule, maxima: bool = True) -> list[Site | Missed]:
     """Every attention in the graph, in graph order: lifted, or missed with a reason.
 
-    Products with sums of weights are taken apart in the graph, and rows' maxima that are running ones out of it, where
-    that makes attentions of them.
+    Products with sums of weights are taken apart in the graph, and (maxima) rows' maxima that are running ones out of
+    it, where that makes attentions of them.
     """
     guard_groups(graph)
     apart = distribute(graph)
     loops = loops_apart(graph)
-    stabilised = without_row_maxima(graph)
+    stabilised = without_row_maxima(graph) if maxima else []
     found = _anchored(graph, loops)
     lost = [x for x in loops if not x.is_found(found)]
     if lost:

@@ -27,6 +27,7 @@ from attncomp.passes.nodes import ancestors, name_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
 from attncomp.passes.powers import Power, assume_powers, put_back_powers
+from attncomp.passes.row_maximum import STANDS
 from attncomp.passes.scans import Scan, write_out_scans
 from attncomp.passes.site import Missed, Site, tensor_of
 from attncomp.passes.sizes import size_hints
@@ -93,11 +94,16 @@ class _Run:
     clock: _Clock = field(default_factory=lambda: _Clock())
 
     def graph(
-        self, dynamo_graph: GraphModule, inputs: Sequence[Any], one_plan: str, scans: bool = True
+        self,
+        dynamo_graph: GraphModule,
+        inputs: Sequence[Any],
+        one_plan: str,
+        scans: bool = True,
+        maxima: bool = True,
     ) -> tuple[Captured | Rejection | None, list[SiteReport]]:
         """The graph, rewritten (None: nothing in it can be attention), and its sites.
 
-        scans: whether to look into them.
+        scans, maxima: whether to look into scans, and for rows' maxima that are running ones.
         """
         unread = without_strides(dynamo_graph)
         if not may_hold_attention(dynamo_graph):  # that of nested tensors may be outside, where Dynamo breaks the graph
@@ -111,10 +117,11 @@ class _Run:
         given = dict(list(values.inputs.items())[len(captured.lifted) :])  # what calls give can be compared
         powers = assume_powers(graph, given)
         written = write_out_scans(graph) if scans else []
-        found = lift(graph)
+        found = lift(graph, maxima)
         if lost := [s for s in written if not s.is_found(found)]:
             _put_back_scans(graph, lost)
-            found = lift(graph)
+            found = lift(graph, maxima)
+        stand = {n for n in graph.graph.nodes if STANDS in n.meta}
         self.clock.stage("lift")
         traces: Traces = {}
         assumed = [_assumed(item, powers) for item in found]
@@ -137,7 +144,11 @@ class _Run:
                 scan.put_back()
             _remove_dead(graph)
             if any(s.is_left() for s in written):  # a loop of that length is nothing for the compiler
-                return self.graph(dynamo_graph, inputs, one_plan, scans=False)
+                return self.graph(dynamo_graph, inputs, one_plan, scans=False, maxima=maxima)
+            if any(not n._erased for n in stand):  # what is kept has its maximum, and one product, as it was written
+                kept = [r for r, s in zip(reports, found, strict=True) if s.anchor in stand and r.verdict == "kept"]
+                whole, others = self.graph(dynamo_graph, inputs, one_plan, scans, maxima=False)
+                return whole, others + kept
             restore_segments(graph, captured.segments)
         self.clock.stage("lower")
         for body in bodies(graph):

@@ -56,6 +56,10 @@ class _Weights:
     values: Node
 
 
+STANDS = "attncomp_stands_for_maximum"
+"""A key in the meta of the products that were written: where one stays, what was written first is to be put back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stabilised:
     """What was written otherwise. pairs: old nodes and what stands for them; products: what must be lifted."""
@@ -335,6 +339,7 @@ class _Maker:
         for factor in self.found.factors:
             weights = self._new(aten.mul.Tensor, factor, weights)
         made = self._new(aten.matmul.default, weights, values)
+        made.meta[STANDS] = True
         products.append(made)
         return made if rowwise is None else self._new(aten.mul.Tensor, made, rowwise)
 

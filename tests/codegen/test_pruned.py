@@ -226,14 +226,23 @@ def test_few_keys_are_left() -> None:
 # -- the kernels ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("gates", ["all open", "closing", "closing once"])
+@pytest.mark.parametrize(
+    ("gates", "kv_heads"),
+    [
+        ("all open", 2),
+        ("closing", 1),
+        *(
+            pytest.param(gates, n, marks=pytest.mark.slow)
+            for gates, n in (("all open", 1), ("closing", 2), ("closing once", 1), ("closing once", 2))
+        ),
+    ],
+)
 def test_kernels_match_the_reference(gates: str, kv_heads: int, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(runs.interpreted, gates, kv_heads)
     assert max(found.values()) <= 2e-5, found
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile(capability: int) -> None:
     spec = runs.spec_of("bfloat16", n=16384, width=128)
     request = _request(spec)

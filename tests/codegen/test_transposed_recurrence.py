@@ -91,7 +91,7 @@ def test_others_are_left(name: str) -> None:
     assert found.code == code
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kv_heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_kernels_are_the_reference(kv_heads: int, interpreter: Callable[..., dict[str, float]]) -> None:
     found = interpreter(interpreted, kv_heads)
     assert max(found.values()) <= 2e-5, found

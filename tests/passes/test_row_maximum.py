@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import attncomp
+from attncomp import backend, executor
 from tests.agreement import ALWAYS
 
 B, H, N, D, E = 2, 3, 9, 4, 5
@@ -89,7 +90,10 @@ FOUND: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOUND)
+QUICK = ("as the paper writes it", "its maximum by max", "no gradient of the maximum", "masked by where")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FOUND])
 def test_rows_and_their_sums_are_gated_sums(name: str) -> None:
     assert verdicts(mlstm(**FOUND[name]), tensors()) == ["rewritten"] * 2
 
@@ -179,3 +183,26 @@ def test_rounded_logarithms_are_kept() -> None:
     out = torch.compile(mlstm(), backend="attncomp", options=OPTIONS)(**x)
     torch.testing.assert_close(out, mlstm()(**x))
     assert "rewritten" not in [s.verdict for s in attncomp.reports()[-1].sites]
+
+
+@pytest.mark.parametrize("speedup", [0, 1e9])
+def test_what_is_kept_for_its_cost_is_as_it_was_written(speedup: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def run(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        graphs.append(graph)
+        return executor.eager(graph)
+
+    monkeypatch.setattr(backend, "eager", run)
+    x = tensors()
+    torch._dynamo.reset()
+    options: Any = {"policy": {"version": 1, "defaults": {"min_speedup": speedup}}, "executor": "eager"}
+    out = torch.compile(mlstm(), backend="attncomp", options=options)(**x)
+    torch.testing.assert_close(out, mlstm()(**x), rtol=1e-9, atol=1e-10)
+    verdict = "rewritten" if speedup == 0 else "kept"
+    assert [s.verdict for s in attncomp.reports()[-1].sites] == [verdict] * 2
+    (graph,) = graphs
+    names = [str(n.target) for n in graph.graph.nodes]
+    assert any("cummax" in n for n in names) is (speedup == 0)
+    assert any("amax" in n for n in names) is (speedup != 0)
+    assert sum("bmm" in n or "matmul" in n for n in names) == (0 if speedup == 0 else 2)
