@@ -150,9 +150,9 @@ def observed_lift(into: list[tuple[list[Anchor], list[Site | Missed]]]) -> Itera
     passes: Any = rewrite
     original = passes.lift
 
-    def lift(graph: GraphModule) -> list[Site | Missed]:
+    def lift(graph: GraphModule, maxima: bool = True) -> list[Site | Missed]:
         before = list(_anchors(graph))
-        found: list[Site | Missed] = original(graph)
+        found: list[Site | Missed] = original(graph, maxima)
         into.append((before, list(found)))
         return found
 
