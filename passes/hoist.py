@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.lower import replace
 from attncomp.passes.nodes import ancestors, argument, arguments, dimension, name_of, value_of
+from attncomp.passes.replacement import Replacement
 from attncomp.passes.whole_steps import POINTWISE, REDUCTIONS
 
 _DEEP = 24
@@ -49,20 +48,10 @@ def hoist(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | None:
     if rows is None or place in kept or any(n.target is torch._C._set_grad_enabled for n in graph.graph.nodes):
         return None
     mover = _Mover(graph, place, max(math.prod(value_of(n).shape) for n in rows))
-    out = mover.whole(rows, 0)
-    moved = out not in mover.stacks and bool(mover.stacks)
-    if moved:
-        out = mover.placed(out, len(rows))
-        old, new = value_of(place), value_of(out)
-        moved = old.shape == new.shape and old.dtype == new.dtype and replace(graph, place, out) is None
-    if not moved:
-        erase(graph, set(mover.made), kept)
-        return None
-    erase(graph, ancestors(place) | {place} | set(mover.made), kept)
-    (*users,) = out.users
-    if len(users) == 1 and name_of(users[0]) == "clone":  # of the same values, in the order of memory of the old place
-        out = users[0]
-    return Hoisted([n for n in mover.stacks if n.users], out)
+    whole = mover.whole(rows, 0)
+    moved = whole not in mover.stacks and bool(mover.stacks)
+    out = mover.new.put(mover.placed(whole, len(rows)) if moved else None, kept)
+    return None if out is None else Hoisted([n for n in mover.stacks if n.users], out)
 
 
 def is_hoistable(place: Node) -> bool:
@@ -111,7 +100,7 @@ def gates_of(graph: GraphModule, place: Node) -> tuple[list[Node], list[Node]]:
             small = math.prod(value.shape) <= mover.largest and value.dtype.is_floating_point
             if name_of(first) in POINTWISE and small:
                 found[mover.whole(inner, 0)] = None
-    return list(found), mover.made
+    return list(found), mover.new.made
 
 
 def arguments_of(column: Column) -> list[Column]:
@@ -121,14 +110,6 @@ def arguments_of(column: Column) -> list[Column]:
         return []
     found: list[Column] = list(zip(*lists, strict=True))
     return [c for c in found if all(isinstance(value_of(n), torch.Tensor) for n in c)]
-
-
-def erase(graph: GraphModule, nodes: Set[Node], kept: Set[Node]) -> None:
-    """Remove those of `nodes` that nothing reads."""
-    for node in reversed(graph.graph.nodes):
-        left = node in nodes and not node.users and node not in kept
-        if left and node.op == "call_function" and not node.is_impure():
-            graph.graph.erase_node(node)
 
 
 def rows_of(place: Node) -> Column | None:
@@ -160,10 +141,8 @@ class _Mover:
     """largest: elements of the largest value of one step that is collected."""
 
     def __init__(self, graph: GraphModule, place: Node, largest: int) -> None:
-        self.graph = graph
-        self.place = place
+        self.new = Replacement(graph, place)
         self.largest = largest
-        self.made: list[Node] = []
         self.stacks: list[Node] = []
         self.known: dict[Column, Node] = {}
 
@@ -173,7 +152,7 @@ class _Mover:
         if found is None:
             found = self._same(column) or self._source(column) or self._function(column, depth)
             if found is None:
-                found = self._new(torch.ops.aten.stack.default, (list(column),))
+                found = self.new.call(torch.ops.aten.stack.default, (list(column),))
                 self.stacks.append(found)
             self.known[column] = found
         return found
@@ -182,15 +161,15 @@ class _Mover:
         """The steps where the place has them."""
         shape = list(value_of(out).shape)
         if shape[0] != count:
-            out = self._new(torch.ops.aten.expand.default, (out, [count, *shape[1:]]))
+            out = self.new.call(torch.ops.aten.expand.default, (out, [count, *shape[1:]]))
         order = list(range(1, len(shape)))
-        order.insert(_dim(self.place), 0)
-        return self._new(torch.ops.aten.permute.default, (out, order))
+        order.insert(_dim(self.new.place), 0)
+        return self.new.call(torch.ops.aten.permute.default, (out, order))
 
     def _same(self, column: Column) -> Node | None:
         if any(n is not column[0] for n in column):
             return None
-        return self._new(torch.ops.aten.unsqueeze.default, (column[0], 0))
+        return self.new.call(torch.ops.aten.unsqueeze.default, (column[0], 0))
 
     def _source(self, column: Column) -> Node | None:
         """The tensor that a column takes apart, from the first step to the last."""
@@ -207,7 +186,7 @@ class _Mover:
                 return None
             if dimension(int(arguments(node)[1]), rank) != dim:
                 return None
-        return self._new(torch.ops.aten.permute.default, (source, [dim, *(d for d in range(rank) if d != dim)]))
+        return self.new.call(torch.ops.aten.permute.default, (source, [dim, *(d for d in range(rank) if d != dim)]))
 
     def _function(self, column: Column, depth: int) -> Node | None:
         """An elementwise function that every step has, of whole tensors."""
@@ -233,7 +212,7 @@ class _Mover:
                 return None
             args = [self.whole(columns[0], depth + 1), dimension(int(args[1]), rank) - rank]
         assert callable(first.target)
-        made = self._new(first.target, tuple(args), dict(first.kwargs))
+        made = self.new.call(first.target, tuple(args), dict(first.kwargs))
         new = value_of(made)
         same = (
             list(new.shape[1:]) == list(value.shape) and new.dtype == value.dtype and new.shape[0] in (1, len(column))
@@ -251,7 +230,7 @@ class _Mover:
         args[0] = self.whole(column, 1)
         args[at] = [dimension(int(d), rank) - rank for d in dims]
         assert callable(first.target)
-        made = self._new(first.target, tuple(args), dict(first.kwargs))
+        made = self.new.call(first.target, tuple(args), dict(first.kwargs))
         return made if value_of(made).shape[1:] == value_of(first).shape else None
 
     def _collected(self, column: Column, depth: int) -> bool:
@@ -269,20 +248,7 @@ class _Mover:
         missing = rank + 1 - len(shape)
         if missing <= 0:
             return whole
-        return self._new(torch.ops.aten.reshape.default, (whole, [shape[0], *[1] * missing, *shape[1:]]))
-
-    def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
-        mode = detect_fake_mode([value_of(self.place)])
-        assert mode is not None
-        with self.graph.graph.inserting_before(self.place):
-            node = self.graph.graph.call_function(target, args, kwargs or {})
-        values = torch.fx.node.map_arg(args, value_of)
-        with mode:
-            made = target(*values, **(kwargs or {}))
-        grad = any(n.meta.get("attncomp_grad", False) for n in node.all_input_nodes)
-        node.meta = {**self.place.meta, "val": made, "attncomp_grad": grad and made.dtype.is_floating_point}
-        self.made.append(node)
-        return node
+        return self.new.call(torch.ops.aten.reshape.default, (whole, [shape[0], *[1] * missing, *shape[1:]]))
 
 
 def _is_node(x: Any) -> bool:

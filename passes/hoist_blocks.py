@@ -10,12 +10,11 @@ from collections.abc import Set
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.hoist import Column, Hoisted, erase
-from attncomp.passes.lower import replace
-from attncomp.passes.nodes import ancestors, argument, arguments, dimension, name_of, value_of
+from attncomp.passes.hoist import Column, Hoisted
+from attncomp.passes.nodes import argument, arguments, dimension, name_of, value_of
+from attncomp.passes.replacement import Replacement
 from attncomp.passes.whole_steps import POINTWISE
 
 _DEEP = 24
@@ -38,30 +37,18 @@ def hoist_blocks(graph: GraphModule, place: Node, kept: Set[Node]) -> Hoisted | 
     if any(not all(type(s) is int for s in value_of(n).shape) for n in blocks):
         return None
     mover = _Mover(graph, place, dimension(int(argument(place, 1, "dim", 0)), value_of(place).dim()))
-    out = mover.function(blocks, 0)
-    moved = out is not None and len(mover.joined) > 0
-    if out is not None and moved:
-        old, new = value_of(place), value_of(out)
-        moved = old.shape == new.shape and old.dtype == new.dtype and replace(graph, place, out) is None
-    if out is None or not moved:
-        erase(graph, set(mover.made), kept)
-        return None
-    erase(graph, ancestors(place) | {place} | set(mover.made), kept)
-    (*users,) = out.users
-    if len(users) == 1 and name_of(users[0]) == "clone":  # of the same values, in the order of memory of the old place
-        out = users[0]
-    return Hoisted([n for n in mover.joined if n.users], out)
+    whole = mover.function(blocks, 0)
+    out = mover.new.put(whole if mover.joined else None, kept)
+    return None if out is None else Hoisted([n for n in mover.joined if n.users], out)
 
 
 class _Mover:
     """dim: the dimension of the rows, counted from the last: -2 for (..., rows, width)."""
 
     def __init__(self, graph: GraphModule, place: Node, dim: int) -> None:
-        self.graph = graph
-        self.place = place
+        self.new = Replacement(graph, place)
         self.dim = dim - value_of(place).dim()
         self.sizes = [int(value_of(n).shape[self.dim]) for n in arguments(place)[0]]
-        self.made: list[Node] = []
         self.joined: list[Node] = []
         self.known: dict[Column, Node] = {}
 
@@ -118,29 +105,16 @@ class _Mover:
                 if args[n] is None:
                     return None
         assert callable(first.target)
-        made = self._new(first.target, tuple(args), dict(first.kwargs))
+        made = self.new.call(first.target, tuple(args), dict(first.kwargs))
         old, new = value_of(first), value_of(made)
         rows = list(old.shape)
         rows[self.dim] = sum(self.sizes)
         return made if list(new.shape) == rows and new.dtype == old.dtype else None
 
     def _join(self, column: Column) -> Node:
-        made = self._new(torch.ops.aten.cat.default, (list(column), self.dim))
+        made = self.new.call(torch.ops.aten.cat.default, (list(column), self.dim))
         self.joined.append(made)
         return made
-
-    def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
-        mode = detect_fake_mode([value_of(self.place)])
-        assert mode is not None
-        with self.graph.graph.inserting_before(self.place):
-            node = self.graph.graph.call_function(target, args, kwargs or {})
-        values = torch.fx.node.map_arg(args, value_of)
-        with mode:
-            made = target(*values, **(kwargs or {}))
-        grad = any(n.meta.get("attncomp_grad", False) for n in node.all_input_nodes)
-        node.meta = {**self.place.meta, "val": made, "attncomp_grad": grad and made.dtype.is_floating_point}
-        self.made.append(node)
-        return node
 
 
 def _kind(node: Node, dim: int) -> Any:

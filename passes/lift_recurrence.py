@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attncomp.passes.field import EXPONENTS, VALUES
 from attncomp.passes.field_values import FieldValues, Region
-from attncomp.passes.hoist import divides_by_carried, erase, gates_of, hoist, is_hoistable
+from attncomp.passes.hoist import divides_by_carried, gates_of, hoist, is_hoistable
 from attncomp.passes.hoist_blocks import hoist_blocks
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
@@ -32,6 +32,7 @@ from attncomp.passes.recurrence_sums import sums_of
 from attncomp.passes.recurrence_value_gates import guesses_of_value_gates
 from attncomp.passes.recurrences import Read
 from attncomp.passes.region_key import key_of
+from attncomp.passes.replacement import erase
 from attncomp.passes.site import Missed, Site, missed
 from attncomp.passes.value_bounds import bounds
 from attncomp.passes.whole_steps import whole_steps

@@ -24,8 +24,8 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
-from attncomp.passes.hoist import erase
 from attncomp.passes.nodes import ancestors, argument, dimension, name_of, value_of
+from attncomp.passes.replacement import erase
 from attncomp.passes.rows_and_columns import Logarithms, logarithms
 from attncomp.passes.site import Missed, Site
 
