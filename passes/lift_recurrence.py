@@ -8,7 +8,7 @@ their derivatives, and one may stand for the other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,14 +23,14 @@ from attncomp.passes.hoist_blocks import hoist_blocks
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
 from attncomp.passes.recurrence_anchors import Place, is_outer, places
-from attncomp.passes.recurrence_blocks import block_of, guesses_by_blocks
+from attncomp.passes.recurrence_blocks import guesses_by_blocks, joined_rows
 from attncomp.passes.recurrence_check import STATES, WORK, Check, drawn, with_initial
 from attncomp.passes.recurrence_guesses import guesses
-from attncomp.passes.recurrence_pool import arranged, frames, pool, values_of_rows, whole
+from attncomp.passes.recurrence_pool import Frame, arranged, frames, pool, values_of_rows, whole
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
 from attncomp.passes.recurrence_sums import sums_of
 from attncomp.passes.recurrence_value_gates import guesses_of_value_gates
-from attncomp.passes.recurrences import Read
+from attncomp.passes.recurrences import Candidate, Pool, Read
 from attncomp.passes.region_key import key_of
 from attncomp.passes.replacement import erase
 from attncomp.passes.site import Missed, Site, missed
@@ -165,6 +165,30 @@ class _Known:
     reads: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What a region is at random points.
+
+    nodes: for each number of steps what may be a part of a recurrence, and whether as logarithms.
+    numbers: what elements of the field are as constants.
+    """
+
+    values: FieldValues
+    region: Region
+    nodes: Mapping[int, Sequence[tuple[Node, bool]]]
+    numbers: Mapping[int, float]
+
+    def parts(self, output: Node, frame: Frame, above: Set[Node]) -> tuple[list[Candidate], Callable[[], Pool]]:
+        """What may be the values of the recurrence that an output is; and what all else, found when it is called for.
+
+        above: the nodes that may be parts.
+        """
+        dtype = value_of(output).dtype
+        nodes = [(n, log) for n, log in self.nodes.get(frame.length, ()) if n in above]
+        written = values_of_rows(self.values, self.region, nodes, frame, dtype)
+        return written, partial(pool, self.values, self.region, nodes, frame, dtype, self.numbers)
+
+
 @dataclass
 class _Search:
     graph: GraphModule
@@ -266,9 +290,9 @@ class _Search:
             values = drawn(of, 0, zeroed, keep)
             if values is None:
                 return Rejection("division-by-zero", "a divisor is zero whatever the inputs are")
-            numbers = values.numbers()
+            at = _Drawn(values, of, nodes, values.numbers())
             for output in outputs:
-                found = self._found(values, of, output, nodes, initial, numbers)
+                found = self._found(at, output, initial)
                 if found is not None:
                     self.found = found
                     erase(self.graph, set(self.scratch), self._needed())  # what else reads the loop's nodes
@@ -311,83 +335,47 @@ class _Search:
                 count += 1
                 yield node
 
-    def _found(
-        self,
-        values: FieldValues,
-        region: Region,
-        output: Node,
-        nodes: dict[int, list[tuple[Node, bool]]],
-        initial: Node | None,
-        numbers: Mapping[int, float],
-    ) -> Found | None:
-        residue = values.value(output)
+    def _found(self, drawn: _Drawn, output: Node, initial: Node | None) -> Found | None:
+        residue = drawn.values.value(output)
         if residue is None:
             return None
         above = ancestors(output).union(self.extra, *map(ancestors, self.extra))
-        dtype = value_of(output).dtype
         check = Check(self.graph, self.known, self.leaves)
-        ways = list(frames(output, region))
+        ways = list(frames(output, drawn.region))
         ways += [replace(f, backwards=x, results_backwards=y) for x, y in _BACKWARDS for f in ways]
         for frame in ways:
             out = arranged(residue, frame.dims, frame.of_results())
             if bool((out[:, 1] == 0).all()):
                 continue
-            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
-            written = values_of_rows(values, region, possible, frame, dtype)
-            rest = partial(pool, values, region, possible, frame, dtype, numbers)
+            written, rest = drawn.parts(output, frame, above)
             for guess in guesses(out, written, rest):
-                for candidate in with_initial(guess, initial, frame, region):
+                for candidate in with_initial(guess, initial, frame, drawn.region):
                     if check.verified(candidate, output, frame):
                         return Found(candidate, output, frame, check.final(candidate, output, frame))
         if initial is not None:
             return None
-        return self._by_blocks(values, region, output, nodes, numbers) or self._of_value_gates(
-            values, region, output, nodes, numbers
-        )
+        return self._by_blocks(drawn, output, residue) or self._of_value_gates(drawn, output, residue, above)
 
-    def _of_value_gates(
-        self,
-        values: FieldValues,
-        region: Region,
-        output: Node,
-        nodes: dict[int, list[tuple[Node, bool]]],
-        numbers: Mapping[int, float],
-    ) -> Found | None:
+    def _of_value_gates(self, drawn: _Drawn, output: Node, residue: torch.Tensor, above: Set[Node]) -> Found | None:
         """Recurrences whose gates are of the values' channels."""
-        residue = values.value(output)
-        assert residue is not None
-        above, dtype = ancestors(output).union(self.extra, *map(ancestors, self.extra)), value_of(output).dtype
         check = Check(self.graph, self.known, self.leaves)
-        for frame in frames(output, region):
-            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
-            written = values_of_rows(values, region, possible, frame, dtype)
-            rest = partial(pool, values, region, possible, frame, dtype, numbers)
+        for frame in frames(output, drawn.region):
+            written, rest = drawn.parts(output, frame, above)
             for guess in guesses_of_value_gates(arranged(residue, frame.dims, frame), written, rest):
                 if check.verified(guess, output, frame):
                     return Found(guess, output, frame, check.final(guess, output, frame))
         return None
 
-    def _by_blocks(
-        self,
-        values: FieldValues,
-        region: Region,
-        output: Node,
-        nodes: dict[int, list[tuple[Node, bool]]],
-        numbers: Mapping[int, float],
-    ) -> Found | None:
+    def _by_blocks(self, drawn: _Drawn, output: Node, residue: torch.Tensor) -> Found | None:
         """Sums whose rows read the state behind their whole block."""
-        residue = values.value(output)
-        assert residue is not None
-        above, dtype = ancestors(output), value_of(output).dtype
-        for frame in frames(output, region):
-            block = block_of(output, frame.dims[-2])
+        above = ancestors(output)
+        for frame in frames(output, drawn.region):
+            block = joined_rows(output, frame.dims[-2])
             if block is None:
                 continue
-            possible = [(n, log) for n, log in nodes.get(frame.length, ()) if n in above]
-            written = values_of_rows(values, region, possible, frame, dtype)
-            rows = pool(values, region, possible, frame, dtype, numbers).rows
+            written, rest = drawn.parts(output, frame, above)
             out = arranged(residue, frame.dims, frame)
-            for guess in guesses_by_blocks(out, written, rows, numbers, block):
+            for guess in guesses_by_blocks(out, written, rest().rows, drawn.numbers, block):
                 if Check(self.graph, self.known, self.leaves).verified(guess, output, frame):
                     return Found(guess, output, frame, None)
         return None

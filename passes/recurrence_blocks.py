@@ -22,7 +22,7 @@ _MOST = 24
 """Tensors of each width that are tried as queries and keys."""
 
 
-def block_of(place: Node, row: int) -> int | None:
+def joined_rows(place: Node, row: int) -> int | None:
     """The length of the blocks of rows that a node joins along a dimension; the last one may be shorter."""
     if name_of(place) != "cat":
         return None

@@ -1,4 +1,4 @@
-"""Linear attention without a mask: keys meet values before queries do, so that nothing is as large as n².
+"""Linear attention without a mask or causal by blocks: keys meet values before queries do; nothing is as large as n².
 
 O = (s Q Kᵀ) V is s Q (Kᵀ V), and the rows' sums of s Q Kᵀ are s Q (Kᵀ 1): the same sums in another order (Katharopoulos
 et al. 2020, arXiv 2006.16236). Where queries see their own block of tokens and all before it, there is one sum Kᵀ V for
@@ -49,7 +49,7 @@ class KeysFirst:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # sums over all keys leave float16's range
         queries, keys, values = (x.to(wide) for x in (q, k, v))
         scale = evaluate_factors(form, plan, q, captured, sizes, wide).scale
-        block, rows = block_of(plan.spec.mask), q.shape[2]
+        block, rows = causal_block(plan.spec.mask), q.shape[2]
         if block is not None:
             queries, keys, values = (_in_blocks(x, block) for x in (queries, keys, values))
             scale = scale.unsqueeze(2)
@@ -70,7 +70,7 @@ class KeysFirst:
         return states if group == 1 else states.repeat_interleave(group, 1)
 
 
-def block_of(mask: Expr) -> int | None:
+def causal_block(mask: Expr) -> int | None:
     """The length of blocks of which a query sees its own and all before it, if the mask says that."""
     for node in walk(mask):
         if isinstance(node, Op) and node.name == "floordiv" and isinstance(node.args[1], Const):
@@ -93,7 +93,7 @@ def _form(spec: AttentionSpec) -> LinearForm | Rejection:
         return Rejection("softmax", "a softmax over the keys does not separate into a product of query and key parts")
     if spec.transition is not None:
         return Rejection("transition", "the state has its own transition (a gated or delta-rule recurrence)")
-    if spec.mask != TRUE and (block_of(spec.mask) is None or spec.size("i") != spec.size("j")):
+    if spec.mask != TRUE and (causal_block(spec.mask) is None or spec.size("i") != spec.size("j")):
         return Rejection("mask", "every query must see all keys, or its block and all before it")
     if spec.dropout or not isinstance(spec.weight, Weight):
         return Rejection("weight-changed", "dropout or another program acts on the weights, which are never formed")
@@ -118,7 +118,7 @@ def _work(request: Request) -> Work:
     flops = 2.0 * (queries + keys) * n["d"] * columns
     # What is cast is read, written and read again; the output is scaled, divided and cast.
     traffic = float((queries + keys) * (n["d"] + n["e"]) * (element + 3 * working))
-    block = block_of(spec.mask)
+    block = causal_block(spec.mask)
     if block is not None:  # a state of each block is made, cumulated and read
         heads = n["b"] * n["h"] * (1 + 4 * (-(-n["j"] // block)))
         traffic += float(heads * n["d"] * columns * working)
