@@ -46,10 +46,11 @@ class System:
     make: Callable[[Draw, Sizes], Tensors]
 
     def inputs(self, sizes: Sizes, seed: int = 0) -> Tensors:
-        generator = torch.Generator().manual_seed(seed)
+        # Drawn where they are used: a core takes seconds for the numbers of one tensor of 64k steps.
+        generator = torch.Generator(sizes.device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device=sizes.device)
 
         def dtype(name: str, x: Tensor) -> torch.dtype:
             if not x.is_floating_point():

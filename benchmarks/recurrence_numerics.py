@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import measure as m
 from benchmarks.linear_systems import Sizes, Tensors
-from benchmarks.systems import Competitor
+from benchmarks.systems import Competitor, direction_like
 from benchmarks.workers import Row, elsewhere, in_waves, measured
 
 SYSTEMS = (
@@ -117,8 +117,8 @@ class Inputs:
         value = self.by.run(call, tensors)
         wide = {n: x[:, :HEADS].detach().double().requires_grad_() for n, x in tensors.items()}
         out = reference(self.by.system, wide)
-        direction = torch.randn(value["out"].shape, generator=torch.Generator().manual_seed(1))
-        gradients = torch.autograd.grad(out, list(wide.values()), direction.to(value["out"].dtype)[:, :HEADS].to(out))
+        direction = direction_like(value["out"])[:, :HEADS].to(out)
+        gradients = torch.autograd.grad(out, list(wide.values()), direction)
         errors = {"out": m.difference(value["out"][:, :HEADS], out.detach())}
         for n, g in zip(wide, gradients, strict=True):
             if f"d{n}" in value:

@@ -38,8 +38,10 @@ EXACT = 4096
 """Steps up to which errors are measured."""
 N_SQUARED = 16 * 2**30
 """Bytes that one n² tensor of all heads may take, in float32."""
-CHUNKS = 128
-"""That a loop over chunks makes of a long sequence; of a short one fewer, of 64 steps."""
+CHUNKS = 32
+"""That a loop over chunks makes of a long sequence where it is traced; of a short one fewer, of `CHUNK` steps."""
+CHUNK = 64
+"""Steps of a chunk in eager, at any length: what the papers' kernels take, and what costs a loop the least."""
 
 
 def _fla(module: str, function: str) -> Callable[..., Tensor]:
@@ -81,6 +83,12 @@ for _name in ("DeltaNet", "Gated DeltaNet", "Kimi Delta Attention"):
     FLA[f"{_name}, chunks"] = FLA[_name]
 
 
+def direction_like(out: Tensor) -> Tensor:
+    """What the output's gradient is: of `out`'s shape and type, drawn on its device, the same at each call."""
+    generator = torch.Generator(out.device).manual_seed(1)
+    return torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+
+
 @dataclass(frozen=True)
 class Competitor:
     """One way to compute one system; what a worker is asked to compile and to measure."""
@@ -106,10 +114,17 @@ class Competitor:
         m.release(self.sizes.device)
         return lambda: self._measure(call) | ({"variant": variant} if self.name == "attncomp" else {})
 
-    def call(self) -> Callable[..., Tensor]:
+    def attend(self, traced: bool) -> Callable[..., Tensor]:
+        """The system's function, with its chunks: few where they are traced, and where they are part of what it is."""
         attend = self.of.attend
-        if "chunk" in inspect.signature(attend).parameters and self.of.name != "Agent Attention":
-            attend = partial(attend, chunk=max(self.sizes.n // CHUNKS, min(64, self.sizes.n // 4)))
+        if "chunk" not in inspect.signature(attend).parameters or self.system == "Agent Attention":
+            return attend
+        short = min(CHUNK, self.sizes.n // 4)
+        few = traced or self.system == "SANA, blocks"
+        return partial(attend, chunk=max(self.sizes.n // CHUNKS, short) if few else short)
+
+    def call(self) -> Callable[..., Tensor]:
+        attend = self.attend(traced=self.name != "eager")
         if self.name == "fla":
             fused = FLA[self.system]
 
@@ -136,10 +151,9 @@ class Competitor:
                 return {"out": call(**tensors)}
         out = call(**tensors)
         learned = {n: x for n, x in tensors.items() if x.requires_grad}
-        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         # A library may take for a constant what is learned here; the row then lacks that gradient's error.
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            out, list(learned.values()), direction, allow_unused=True
+            out, list(learned.values()), direction_like(out), allow_unused=True
         )
         return {"out": out.detach(), **{f"d{n}": g for n, g in zip(learned, found, strict=True) if g is not None}}
 
@@ -148,7 +162,7 @@ class Competitor:
         value = self.run(call, tensors)
         out = value["out"]
         learned = [x for x in tensors.values() if x.requires_grad]
-        direction = torch.randn_like(out)
+        direction = direction_like(out)
 
         def once() -> Any:
             if not self.training:
@@ -174,11 +188,10 @@ class Competitor:
         }
         for x in wide.values():
             x.requires_grad_(self.training and x.is_floating_point())
-        out = self.of.attend(**wide)
+        out = self.attend(traced=False)(**wide)
         errors = {"out": m.difference(of_two("out", value["out"]), out.detach())}
         if self.training:
-            direction = torch.randn(value["out"].shape, generator=torch.Generator().manual_seed(1))
-            narrow = direction.to(value["out"].dtype)[:, :2].to(out)
+            narrow = direction_like(value["out"])[:, :2].to(out)
             learned = {n: x for n, x in wide.items() if x.requires_grad}
             for n, g in zip(learned, torch.autograd.grad(out, list(learned.values()), narrow), strict=True):
                 if f"d{n}" in value:
