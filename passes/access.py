@@ -39,19 +39,21 @@ def access(
     grouped: bool,
     upcasts: bool = True,
     complete: bool = False,
+    length: Expr | None = None,
 ) -> Access | None:
     """Look through views, scalar factors and, if `upcasts`, widening casts to the deepest tensor read at plain axes.
 
-    grouped: a head axis may be read as ``h // g`` (repeated key heads). complete: no axis may be missing.
+    grouped: a head axis may be read as ``h // g`` (repeated key heads). complete: no axis may be missing. length: what
+    else the key axis may be long, where an operator takes two sizes for one.
     """
     best: Access | None = None
     factor: Expr = Const(1.0)
     while True:
-        dims = _plain(reader, node, index, wanted, grouped)
+        dims = _plain(reader, node, index, wanted, grouped, length)
         if dims is None and best is None:
             part = strided(reader, node, index)
             if part is not None:
-                of_part = _plain(reader, *part, wanted, grouped)
+                of_part = _plain(reader, *part, wanted, grouped, length)
                 if of_part is not None and not (complete and _misses(of_part[0], wanted, reader.extents)):
                     best = Access(part[0], of_part[0], factor, of_part[1])
         if dims is not None and not (complete and _misses(dims[0], wanted, reader.extents)):
@@ -154,7 +156,7 @@ def _factor(reader: Reader, node: Node, upcasts: bool) -> tuple[Node, Expr] | No
 
 
 def _plain(
-    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool
+    reader: Reader, node: Node, index: Index, wanted: tuple[str, ...], grouped: bool, length: Expr | None
 ) -> tuple[tuple[int | None, ...], int] | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.dim() != len(index):
@@ -165,9 +167,11 @@ def _plain(
     for dim, a in enumerate(index):
         if a == ZERO and shape[dim] == ONE:
             continue
-        if isinstance(a, Axis) and a.name in wanted and a.name not in at and _fits(shape[dim], a.name, reader.extents):
-            at[a.name] = dim
-            continue
+        if isinstance(a, Axis) and a.name in wanted and a.name not in at:
+            whole = polynomial.equal(shape[dim], reader.extents[a.name])
+            if whole or (a.name == "j" and length is not None and polynomial.equal(shape[dim], length)):
+                at[a.name] = dim
+                continue
         if (
             grouped
             and isinstance(a, Op)
@@ -190,13 +194,3 @@ def _plain(
     if wanted[-1] not in at and polynomial.constant(reader.extents[wanted[-1]]) != 1:
         return None
     return tuple(at.get(name) for name in wanted), group
-
-
-def _fits(size: Expr, axis: str, extents: dict[str, Expr]) -> bool:
-    """Whether a dimension runs over the whole axis.
-
-    Keys and values of one cache may have lengths under two symbols; that they are equal is the operator's own contract,
-    and attncomp's operator checks it when it runs.
-    """
-    both_known = isinstance(size, Const) and isinstance(extents[axis], Const)
-    return polynomial.equal(size, extents[axis]) or (axis == "j" and not both_known)

@@ -66,10 +66,12 @@ def assemble(
     empty: Literal["zero", "nan"] = "nan",
     sink: Expr | None = None,
     over: str | None = None,
+    length: Expr | None = None,
 ) -> Site | Rejection:
     """The site, from what each contraction reads and the program between them (which still loads `score_load`).
 
-    split: takes the mask out of a softmax's program. over: the axis that must be that of the queries.
+    split: takes the mask out of a softmax's program. over: the axis that must be that of the queries. length: of the
+    values, where an operator takes it for that of the keys.
     """
     extents = reader.extents
     names = axes.names()
@@ -103,7 +105,7 @@ def assemble(
     extents["d"] = extents.get("d", ONE)
     if any(s == ZERO for s in (*extents.values(), extents["d"])):
         return Rejection("empty-size", "a size is 0: there is nothing to compute")
-    found = _operands(reader, query, key, value, batch, row, width, value_of(output).dtype)
+    found = _operands(reader, query, key, value, batch, row, width, value_of(output).dtype, length)
     if isinstance(found, Rejection):
         return found
     q, k, v = found
@@ -231,6 +233,7 @@ def _operands(
     row: str,
     width: str,
     dtype: torch.dtype,
+    length: Expr | None,
 ) -> tuple[Access, Access, Access] | Rejection:
     """q, k and v as plain tensors of the output's dtype.
 
@@ -245,7 +248,7 @@ def _operands(
         # the same heads in keys and values: grouped, as they are, or every head made (where one is scaled by head)
         for grouped, complete in ((True, False), (False, False), (False, True)):
             k = access(reader, *key, (*batch, "j", "d"), grouped, upcasts, complete)
-            v = access(reader, *value, (*batch, "j", width), grouped, upcasts, complete)
+            v = access(reader, *value, (*batch, "j", width), grouped, upcasts, complete, length)
             if k is None or v is None or k.group != v.group or not same_heads(k, v, len(batch)):
                 which = "the keys and values are read in an order that is no view of one tensor"
                 reason = Rejection("operand-layout", which) if reason.code == "operand-layout" else reason

@@ -89,4 +89,7 @@ def lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
         split=split_mask,
         minus_infinity=may_be_minus_infinity,
         empty="zero",
+        length=shape_of(v)[
+            -2
+        ],  # caches of keys and values may have lengths under two symbols: SDPA takes them as equal
     )

@@ -160,3 +160,46 @@ def test_outer_products_of_run_time_sizes_are_looked_at_without_guards() -> None
         check(both, made, *[(batch, 2, length, 8)] * 3)
     reports = attncomp.reports()[before:]
     assert [s.verdict for r in reports for s in r.sites] == ["rewritten"]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = (q @ k.mT * 0.5).softmax(-1) @ v
+    return out
+
+
+FILLED: dict[str, Callable[..., torch.Tensor]] = {
+    "a number": lambda q, k, v: attend(q, k[:, :, :4], v[:, :, :4]),
+    "a number of keys": lambda q, k, v: attend(q, k[:, :, :5], v),
+    "a number of values": lambda q, k, v: attend(q, k, v[:, :, :5]),
+    "as many as queries": lambda q, k, v: attend(q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]),
+    "sdpa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    ),
+    "as many values as keys": lambda q, k, v: attend(q, k, v[:, :, : k.shape[2]]),
+    "as many keys as values": lambda q, k, v: attend(q, k[:, :, : v.shape[2]], v),
+    "scores": lambda q, k, v: (q @ k.mT * 0.5)[..., : q.shape[2]].softmax(-1) @ v[:, :, : q.shape[2]],
+    "masked product": lambda q, k, v: (q @ k.mT[..., : q.shape[2]]).tril() @ v[:, :, : q.shape[2]],
+}
+"""The first rows of a cache of run-time length, as a static cache is read that is filled up to some length."""
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_the_first_rows_of_a_cache_of_run_time_length(name: str) -> None:
+    """Were the whole cache read, vendors' kernels would not notice."""
+    keys, values = 5 if name == "a number of values" else 16, 5 if name == "a number of keys" else 16
+    keys = 11 if name == "as many values as keys" else keys
+    values = 11 if name == "as many keys as values" else values
+    made = compiled(FILLED[name])
+    before = len(attncomp.reports())
+    for more in (0, 4):
+        shapes = ((2, 3, 8, 6), (2, 3, keys + more * (keys > 5), 6), (2, 3, values + more * (values > 5), 6))
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        for x in inputs:
+            if x.shape[2] > 5:
+                torch._dynamo.mark_dynamic(x, 2)
+        direction = torch.randn(2, 3, 8, 6)
+        right = [y := FILLED[name](*inputs), *torch.autograd.grad(y, inputs, direction)]
+        found = [y := made(*inputs), *torch.autograd.grad(y, inputs, direction)]
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    (report,) = attncomp.reports()[before:]
+    assert [s.verdict for s in report.sites] == ["kept" if name == "scores" else "rewritten"]
