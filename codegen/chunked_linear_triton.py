@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.head_factors import HeadFactors, evaluate_factors
 from attncomp.codegen.launch import Launch, on_device
@@ -159,16 +159,9 @@ def _per_head(value: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return value[..., 0, 0].expand(q.shape[0], q.shape[1]).contiguous()
 
 
-_launchers: dict[int, tuple[Plan, Launcher]] = {}
-_lock = threading.Lock()
+_launchers = ByPlan[Launcher]()
 
 
 def launcher(plan: Plan, form: LinearForm) -> Launcher:
-    """The launcher of `plan`, made at its first use. By identity, because a digest costs more than a launch."""
-    found = _launchers.get(id(plan))
-    if found is None:
-        with _lock:
-            found = _launchers.get(id(plan))
-            if found is None:
-                found = _launchers[id(plan)] = (plan, Launcher(plan, form))  # keeping the plan keeps its id its own
-    return found[1]
+    """The launcher of `plan`, made at its first use."""
+    return _launchers.get(plan, lambda plan: Launcher(plan, form))

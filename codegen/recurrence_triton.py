@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from attncomp.codegen import chunked_linear_triton
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.launch import Launch, on_device
 from attncomp.codegen.recorded_launches import Recipe, kind_of
@@ -449,17 +449,9 @@ def _place(target: torch.Tensor, state: torch.Tensor) -> None:
     target[:, :d, :e] = state.flatten(0, 1)
 
 
-_launchers: dict[int, tuple[Plan, Launcher]] = {}
-_lock = threading.Lock()
+_launchers = ByPlan[Launcher]()
 
 
 def launcher(plan: Plan, forms: Callable[[Plan], tuple[RecurrenceForm, KernelForm]]) -> Launcher:
-    """The launcher of `plan`, made at its first use. By identity, because a digest costs more than a launch."""
-    found = _launchers.get(id(plan))
-    if found is None:
-        with _lock:
-            found = _launchers.get(id(plan))
-            if found is None:
-                made = Launcher(plan, *forms(plan))
-                found = _launchers[id(plan)] = (plan, made)  # keeping the plan keeps its id its own
-    return found[1]
+    """The launcher of `plan`, made at its first use."""
+    return _launchers.get(plan, lambda plan: Launcher(plan, *forms(plan)))

@@ -5,12 +5,12 @@ As in `attncomp.codegen.tiled_launch`, what a call launches is prepared once for
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.compile import kernel_module
 from attncomp.codegen.launch import PreparedLaunch
 from attncomp.codegen.prepared import Output, meta
@@ -40,7 +40,7 @@ class SplitKernels:
     """Everything that runs for one plan; each kernel is loaded when it is first needed."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan  # kept, so that its id stays its own
+        self.plan = plan
         self.forwards = Calls(self.forward)
         self._schedule = schedule_of(plan)
         self._tile: dict[str, int] = dict(plan.params["split"])
@@ -119,20 +119,12 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-_kernels: dict[int, SplitKernels] = {}
-_lock = threading.Lock()
+_kernels = ByPlan[SplitKernels]()
 
 
 def split_kernels_of(plan: Plan) -> SplitKernels:
     """The kernels of a plan."""
-    # By identity: a digest would cost more than the launch.
-    found = _kernels.get(id(plan))
-    if found is None:
-        with _lock:
-            found = _kernels.get(id(plan))
-            if found is None:
-                found = _kernels[id(plan)] = SplitKernels(plan)
-    return found
+    return _kernels.get(plan, SplitKernels)
 
 
 def forward(kernels: SplitKernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

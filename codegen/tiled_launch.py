@@ -6,13 +6,13 @@ call like it looks that up, allocates, and launches.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.compile import interprets, kernel_module
 from attncomp.codegen.hopper_backward_source import (
     finds_drops,
@@ -32,7 +32,7 @@ from attncomp.codegen.tile_reads import tile_reads
 from attncomp.codegen.tiled_backward_source import backward_arguments, backward_source, has_spread
 from attncomp.codegen.tiled_source import DESCRIBED, Arguments, forward_arguments, forward_source, keeps_rows
 from attncomp.plan import BY_HEAD, Plan
-from attncomp.variant import Inputs
+from attncomp.variant import Inputs, Repeating
 
 FORWARD_INPUTS = ("q", "k", "v")
 BACKWARD_INPUTS = ("q", "k", "v", "out", "grad", "stat")
@@ -277,7 +277,7 @@ class Kernels:
     """Everything that runs for one plan: the kernels of one launcher, or of several of which one writes the results."""
 
     def __init__(self, plan: Plan, parts: Sequence[Plan]) -> None:
-        self.plan = plan  # kept, so that its id stays its own
+        self.plan = plan
         self.parts = tuple(map(Launcher, parts))
         self.spec = self.parts[0].plan.spec
         self.captured = tuple(t.name for t in self.spec.captured)
@@ -339,20 +339,12 @@ class Kernels:
         return PreparedCall(q.device, outputs, launches, len(made), partial(_as_gradients, wanted))
 
 
-_kernels: dict[int, Kernels] = {}
-_lock = threading.Lock()
+_kernels = ByPlan[Kernels]()
 
 
-def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] | None = None) -> Kernels:
+def kernels_of(plan: Plan, parts: Callable[[Plan], Sequence[Plan]] = lambda plan: (plan,)) -> Kernels:
     """The kernels of a plan, or of each of the plans that it is made of."""
-    # By identity: a digest would cost more than the launch.
-    found = _kernels.get(id(plan))
-    if found is None:
-        with _lock:
-            found = _kernels.get(id(plan))
-            if found is None:
-                found = _kernels[id(plan)] = Kernels(plan, (plan,) if parts is None else parts(plan))
-    return found
+    return _kernels.get(plan, lambda plan: Kernels(plan, parts(plan)))
 
 
 def forward(kernels: Kernels, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,6 +360,28 @@ def backward(
     """As `KernelVariant.backward`."""
     q, k, v, captured, sizes = inputs
     return kernels.backwards.run([q, k, v, out, grad_out, lse, *captured], sizes)
+
+
+class RunsTiles:
+    """What is one for all variants that run `Kernels`: see `KernelVariant` and `RepeatingVariant`."""
+
+    __slots__ = ()
+
+    def parts(self, plan: Plan) -> Sequence[Plan]:
+        """The plans that a plan is made of; their kernels are all launched."""
+        return (plan,)
+
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(kernels_of(plan, self.parts), inputs)
+
+    def backward(
+        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
+    ) -> list[torch.Tensor]:
+        return backward(kernels_of(plan, self.parts), grad_out, out, lse, inputs)
+
+    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
+        kernels = kernels_of(plan, self.parts)
+        return kernels.forwards.repeats, kernels.backwards.repeats
 
 
 def _as_gradients(wanted: Sequence[tuple[torch.Size, torch.dtype]], made: Sequence[torch.Tensor]) -> list[torch.Tensor]:

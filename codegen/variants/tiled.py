@@ -20,7 +20,7 @@ from attncomp.codegen.printer import UnprintableError
 from attncomp.codegen.spans import has_spans, spans_work, with_spans
 from attncomp.codegen.tabulate import table_tensors, tabulate
 from attncomp.codegen.tiled_backward_source import backward_source
-from attncomp.codegen.tiled_launch import backward, forward, kernels_of
+from attncomp.codegen.tiled_launch import RunsTiles
 from attncomp.codegen.tiled_source import dropped_below, forward_source
 from attncomp.codegen.tiled_tiles import (
     has_descriptors,
@@ -32,14 +32,14 @@ from attncomp.codegen.tiled_tiles import (
 from attncomp.expr import Const, Expr, Sum, Weight, contains
 from attncomp.plan import BY_HEAD, Plan
 from attncomp.spec import AttentionSpec
-from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 WIDEST = 256
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Tiled:
+class Tiled(RunsTiles):
     """The variant ``tiled``; see the module's text."""
 
     name: str = "tiled"
@@ -100,18 +100,6 @@ class Tiled:
         if plan.params.get("spans"):
             plan, inputs = with_spans(plan, inputs)
         return attention(*with_seeds(plan, inputs))
-
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(kernels_of(plan), inputs)
-
-    def backward(
-        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
-    ) -> list[torch.Tensor]:
-        return backward(kernels_of(plan), grad_out, out, lse, inputs)
-
-    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
-        kernels = kernels_of(plan)
-        return kernels.forwards.repeats, kernels.backwards.repeats
 
 
 TILED = Tiled()

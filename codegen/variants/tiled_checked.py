@@ -15,16 +15,16 @@ from attncomp.codegen.cases import case_holds, case_request, case_spec, check_wo
 from attncomp.codegen.materialise import score_grid
 from attncomp.codegen.ops import attention
 from attncomp.codegen.spans import with_spans
-from attncomp.codegen.tiled_launch import backward, forward, kernels_of
+from attncomp.codegen.tiled_launch import RunsTiles
 from attncomp.codegen.tiled_source import HOLDS
 from attncomp.codegen.variants.tiled import TILED, with_seeds, with_tables
 from attncomp.cost import Work
 from attncomp.plan import BY_HEAD, Plan
 from attncomp.spec import TensorInfo
-from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 
-class TiledChecked:
+class TiledChecked(RunsTiles):
     """The variant ``tiled_checked``; see the module's text."""
 
     name = "tiled_checked"
@@ -64,30 +64,17 @@ class TiledChecked:
         spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo(HOLDS, (), "bool")))
         return attention(replace(plan, spec=spec), inputs._replace(captured=[*inputs.captured, holds]))
 
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(kernels_of(plan, _both), inputs)
-
-    def backward(
-        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
-    ) -> list[torch.Tensor]:
-        return backward(kernels_of(plan, _both), grad_out, out, lse, inputs)
-
-    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
-        kernels = kernels_of(plan, _both)
-        return kernels.forwards.repeats, kernels.backwards.repeats
-
-
-def _both(plan: Plan) -> tuple[Plan, Plan]:
-    """The plan of the whole mask and that of the case, each for kernels that run where `HOLDS` says so."""
-    (case,) = plan.proof.cases
-    order = {BY_HEAD: bool(plan.params.get(BY_HEAD))}
-    general = {**plan.params["general"], **order, "when": False}
-    # The spans are those of the whole mask: what is certain of its part that is tested says nothing of the case's.
-    simpler = {**plan.params["case"], **order, "when": True, "spans": False}
-    return (
-        replace(plan, proof=replace(plan.proof, cases=()), params=general),
-        replace(plan, spec=case_spec(plan.spec, case), proof=case.proof, params=simpler),
-    )
+    def parts(self, plan: Plan) -> tuple[Plan, Plan]:
+        """The plan of the whole mask and that of the case, each for kernels that run where `HOLDS` says so."""
+        (case,) = plan.proof.cases
+        order = {BY_HEAD: bool(plan.params.get(BY_HEAD))}
+        general = {**plan.params["general"], **order, "when": False}
+        # The spans are those of the whole mask: what is certain of its part that is tested says nothing of the case's.
+        simpler = {**plan.params["case"], **order, "when": True, "spans": False}
+        return (
+            replace(plan, proof=replace(plan.proof, cases=()), params=general),
+            replace(plan, spec=case_spec(plan.spec, case), proof=case.proof, params=simpler),
+        )
 
 
 TILED_CHECKED = TiledChecked()

@@ -13,11 +13,11 @@ from attncomp.codegen.forgetting import SKIPPED, forgetting_of, pruned, share_of
 from attncomp.codegen.ops import attention
 from attncomp.codegen.spans import BLOCK
 from attncomp.codegen.tabulate import tabulate
-from attncomp.codegen.tiled_launch import backward, forward, kernels_of
+from attncomp.codegen.tiled_launch import RunsTiles
 from attncomp.codegen.variants.tiled import TILED
 from attncomp.cost import Work
 from attncomp.plan import Plan
-from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Repeating, Request
+from attncomp.variant import Exactness, Family, Inputs, Offer, Rejection, Request
 
 _SHORTEST = 1024
 """Keys from which a prefix of them may be skipped at a gain."""
@@ -25,7 +25,7 @@ _VISITED = 0.5
 """The pairs that are assumed to be visited: how many, only the run knows. The paper's models skip 70 %."""
 
 
-class TiledPruned:
+class TiledPruned(RunsTiles):
     """The variant ``tiled_pruned``; see the module's text."""
 
     name = "tiled_pruned"
@@ -57,18 +57,6 @@ class TiledPruned:
 
     def build(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
         return attention(*with_pruning(plan, inputs))
-
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(kernels_of(plan), inputs)
-
-    def backward(
-        self, plan: Plan, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, inputs: Inputs
-    ) -> list[torch.Tensor]:
-        return backward(kernels_of(plan), grad_out, out, lse, inputs)
-
-    def repeats(self, plan: Plan) -> tuple[Repeating, Repeating]:
-        kernels = kernels_of(plan)
-        return kernels.forwards.repeats, kernels.backwards.repeats
 
 
 TILED_PRUNED = TiledPruned()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.ops import attention
 from attncomp.codegen.recurrence_form import recognise
 from attncomp.codegen.variants.chunked_recurrence import CHUNKED_RECURRENCE
@@ -83,7 +84,7 @@ def _gradients(plan: Plan, out: torch.Tensor, grad: torch.Tensor, inputs: Inputs
     return CHUNKED_RECURRENCE.backward(turned_plan(plan), grad, out, out, inputs)
 
 
-_turned: dict[int, tuple[Plan, Plan]] = {}
+_turned = ByPlan[Plan]()
 
 
 def turned_plan(plan: Plan) -> Plan:
@@ -92,15 +93,15 @@ def turned_plan(plan: Plan) -> Plan:
     Raises:
         ValueError: the plan's spec has no such form, so it never came from `accept`.
     """
-    found = _turned.get(id(plan))
-    if found is None:
-        spec = turned_spec(plan.spec)
-        if isinstance(spec, Rejection):
-            raise ValueError(f"transposed_recurrence was planned for a spec that it rejects: {spec}")
-        params: Mapping[str, Any] = plan.params[TURNED]
-        made = Plan(spec, _proof(plan.proof), CHUNKED_RECURRENCE.name, dict(params), plan.sources)
-        found = _turned.setdefault(id(plan), (plan, made))  # keeping the plan keeps its id its own
-    return found[1]
+    return _turned.get(plan, _made)
+
+
+def _made(plan: Plan) -> Plan:
+    spec = turned_spec(plan.spec)
+    if isinstance(spec, Rejection):
+        raise ValueError(f"transposed_recurrence was planned for a spec that it rejects: {spec}")
+    params: Mapping[str, Any] = plan.params[TURNED]
+    return Plan(spec, _proof(plan.proof), CHUNKED_RECURRENCE.name, dict(params), plan.sources)
 
 
 def _proof(proof: MaskProof) -> MaskProof:

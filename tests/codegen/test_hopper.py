@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from attncomp.codegen import ops, tiled_launch, tiled_tiles
+from attncomp.codegen.by_plan import ByPlan
 from attncomp.codegen.compile import cross_compile, has_triton, interprets, signature_of
 from attncomp.codegen.hopper_backward_source import hopper_backward_source
 from attncomp.codegen.hopper_schedule import schedule, turns, uneven_tiles
@@ -574,7 +575,7 @@ def test_ranges_from_data_on_a_gpu(name: str, width: int, monkeypatch: pytest.Mo
         return hopper_source(plan)
 
     monkeypatch.setattr(tiled_launch, "hopper_source", render)
-    monkeypatch.setattr(tiled_launch, "_kernels", {})  # masks that differ in their data alone share a plan
+    monkeypatch.setattr(tiled_launch, "_kernels", ByPlan())  # masks that differ in their data alone share a plan
     monkeypatch.setattr(ops, "_plans", {})
     monkeypatch.setattr(ops, "_repeats", {})
     masked = spans_runs.find(name)

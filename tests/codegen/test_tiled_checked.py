@@ -16,7 +16,7 @@ from attncomp.codegen.tiled_backward_source import backward_source
 from attncomp.codegen.tiled_launch import kernels_of
 from attncomp.codegen.tiled_source import forward_source
 from attncomp.codegen.variants.tiled import TILED
-from attncomp.codegen.variants.tiled_checked import TILED_CHECKED, _both
+from attncomp.codegen.variants.tiled_checked import TILED_CHECKED
 from attncomp.cost import predict_ms
 from attncomp.expr import TRUE, ZERO, Const, Expr, Load, add, and_, eq, le
 from attncomp.hardware import H100_SXM
@@ -195,7 +195,7 @@ def written(which: int, holds: bool) -> dict[str, float]:
     """The share of the output that one kernel alone writes."""
     plan = _small(_plan("triangle"))
     spec = replace(plan.spec, tensors=(*plan.spec.tensors, TensorInfo("holds", (), "bool")))
-    kernel = kernels_of(replace(plan, spec=spec), _both).parts[which]
+    kernel = kernels_of(replace(plan, spec=spec), TILED_CHECKED.parts).parts[which]
     named = {name: torch.randn(2, 2, 40, 16) for name in "qkv"}
     named |= {"c0": _captured("triangle", True)[0], "holds": torch.tensor(holds)}
     named |= {"out": torch.full((2, 40, 2, 16), torch.nan), "stat": torch.full((2, 2, 40), torch.nan)}
@@ -215,13 +215,13 @@ def test_one_kernel_runs(holds: bool, interpreter: Callable[..., dict[str, float
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_without_a_gpu(capability: int) -> None:
     plan = _plan("padding", 256, "cuda", dtype="bfloat16", width=64)
-    for part in _both(plan):
+    for part in TILED_CHECKED.parts(plan):
         assert part.params["descriptors"]
         assert {"forward", "keys", "queries", "prepare"} <= set(compile_all(part, capability))
 
 
 def test_every_kernel_asks_first() -> None:
-    general, simpler = _both(_plan("bias", 256, "cuda"))
+    general, simpler = TILED_CHECKED.parts(_plan("bias", 256, "cuda"))
     for plan, sign in ((general, "!="), (simpler, "==")):
         for source in (forward_source(plan), backward_source(plan)):
             asked = source.count(f"    if tl.load(holds) {sign} 0:\n        return\n")
