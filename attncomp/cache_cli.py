@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -21,18 +21,16 @@ from attncomp.cache_view import (
     print_entries,
     print_entry,
     print_findings,
-    print_json,
     print_source,
     print_stats,
     stats_json,
 )
+from attncomp.cli_output import Exit, fail, print_json
 from attncomp.codegen.cache import CacheMode, KernelCache, Removal
 from attncomp.codegen.cache_query import SHORTEST_PREFIX, is_prefix, matching_ids, parse_filter, sort_entries
 from attncomp.codegen.cache_store import Miss
 from attncomp.codegen.cache_units import parse_age, parse_size
 from attncomp.errors import CacheError, CacheUnusableError
-
-EXIT_PROBLEM, EXIT_USAGE, EXIT_UNUSABLE = 1, 2, 3
 
 cache_app = typer.Typer(
     name="cache",
@@ -68,7 +66,7 @@ def show_directory(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     else:
         print(cache.root)
     if problem is not None:
-        _fail(EXIT_UNUSABLE, problem)
+        fail(Exit.CACHE_UNUSABLE, problem)
 
 
 @cache_app.command("ls")
@@ -118,7 +116,7 @@ def show_entry(
         full_id = _resolve(cache, entry_id)
         found = cache.disk.store.read(full_id)
     if isinstance(found, Miss):
-        _fail(EXIT_PROBLEM, f"{full_id} can't be shown: {found}. Run `attncomp cache verify --all --fix`")
+        fail(Exit.PROBLEM, f"{full_id} can't be shown: {found}. Run `attncomp cache verify --all --fix`")
     if source:
         print_source(found)
     elif key:
@@ -131,7 +129,7 @@ def show_entry(
 
 @cache_app.command("verify")
 def verify_entries(
-    entry_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Check one entry.")] = None,
+    entry_id: Annotated[str | None, typer.Argument(metavar="ID", help="Check one entry.")] = None,
     cache_dir: CacheDir = None,
     everything: Annotated[bool, typer.Option("--all", help="Check all entries and plans (the default).")] = False,
     fix: Annotated[
@@ -139,9 +137,9 @@ def verify_entries(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every byte with the recorded checksums; exit code 1 if anything differs, fixed or not."""
+    """Compare all bytes with their checksums. Exit code 1 if anything differs, fixed or not."""
     if everything and entry_id is not None:
-        _fail(EXIT_USAGE, "name an ID or --all, not both")
+        fail(Exit.USAGE, "name an ID or --all, not both")
     with _reported():
         cache = _open(cache_dir)
         findings = cache.verify(None if entry_id is None else _resolve(cache, entry_id))
@@ -153,12 +151,12 @@ def verify_entries(
     else:
         print_findings(findings, fixed)
     if bad:
-        raise typer.Exit(EXIT_PROBLEM)
+        raise typer.Exit(Exit.PROBLEM)
 
 
 @cache_app.command("stats")
 def show_stats(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
-    """Show hits, misses and builds of all processes, and the space in use."""
+    """Show hits, misses and builds, and the space in use. They are those of all processes."""
     with _reported():
         cache = _open(cache_dir)
         counters, items = cache.stats(), cache.inventory.items()
@@ -172,7 +170,7 @@ def show_stats(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
 
 @cache_app.command("clear")
 def clear(cache_dir: CacheDir = None, dry_run: DryRun = False, yes: Yes = False) -> None:
-    """Remove all kernels and plans; what others put into the directory stays."""
+    """Remove all kernels and plans. What others put into the directory stays."""
     _remove(cache_dir, lambda cache, dry: cache.clear(dry_run=dry), dry_run, yes)
 
 
@@ -189,12 +187,12 @@ def prune(
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
-    """Remove what was not used for long, or the least recently used until the rest fits a size (default: the limit)."""
+    """Remove what was not used lately. By age, or until the rest fits a size (without options: the limit)."""
     try:
         age = None if older_than is None else parse_age(older_than)
         size = None if max_size is None else parse_size(max_size)
     except ValueError as error:
-        _fail(EXIT_USAGE, str(error))
+        fail(Exit.USAGE, str(error))
 
     def action(cache: KernelCache, dry: bool) -> Removal:
         limit = cache.settings.max_size if size is None and age is None else size
@@ -205,7 +203,7 @@ def prune(
 
 @cache_app.command("rm")
 def remove(
-    entry_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or their first digits.")],
+    entry_ids: Annotated[list[str], typer.Argument(metavar="ID", help="Ids, or their first digits.")],
     cache_dir: CacheDir = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -227,16 +225,16 @@ def _remove(cache_dir: Path | None, action: Callable[[KernelCache, bool], Remova
             return
         if plan.removed and not yes:
             if not _is_interactive():
-                _fail(EXIT_USAGE, f"this would remove {text}; say --yes, or --dry-run to look")
+                fail(Exit.USAGE, f"this would remove {text}; say --yes, or --dry-run to look")
             if not typer.confirm(f"Remove {text}?"):
                 print("Nothing was removed.")
-                raise typer.Exit(EXIT_USAGE)
+                raise typer.Exit(Exit.USAGE)
         removal = action(cache, False)
     print(f"Removed {describe_removal(removal)}.")
     for item, reason in removal.failed:
         print(f"{item.path}: {reason}", file=sys.stderr)
     if removal.failed:
-        raise typer.Exit(EXIT_UNUSABLE)
+        raise typer.Exit(Exit.CACHE_UNUSABLE)
 
 
 def _is_interactive() -> bool:
@@ -257,12 +255,12 @@ def _open(cache_dir: Path | None) -> KernelCache:
 
 def _resolve(cache: KernelCache, prefix: str) -> str:
     if not is_prefix(prefix):
-        _fail(EXIT_USAGE, f"{prefix!r} is not an id: at least the first {SHORTEST_PREFIX} of its 64 hexadecimal digits")
+        fail(Exit.USAGE, f"{prefix!r} is not an id: at least the first {SHORTEST_PREFIX} of its 64 hexadecimal digits")
     found = matching_ids(list(cache.disk.store.entry_ids()), prefix)
     if not found:
-        _fail(EXIT_PROBLEM, f"no kernel has an id that begins with {prefix}; `attncomp cache ls` lists them")
+        fail(Exit.PROBLEM, f"no kernel has an id that begins with {prefix}; `attncomp cache ls` lists them")
     if len(found) > 1:
-        _fail(EXIT_PROBLEM, f"{prefix} is ambiguous: {', '.join(each[:16] for each in found)}")
+        fail(Exit.PROBLEM, f"{prefix} is ambiguous: {', '.join(each[:16] for each in found)}")
     return found[0]
 
 
@@ -271,13 +269,8 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except CacheUnusableError as error:
-        _fail(EXIT_UNUSABLE, str(error))
+        fail(Exit.CACHE_UNUSABLE, str(error))
     except CacheError as error:
-        _fail(EXIT_USAGE, str(error))
+        fail(Exit.USAGE, str(error))
     except OSError as error:
-        _fail(EXIT_UNUSABLE, f"the cache directory can't be used: {error}")
-
-
-def _fail(code: int, message: str) -> NoReturn:
-    print(f"error: {message.rstrip('.')}.", file=sys.stderr)
-    raise typer.Exit(code)
+        fail(Exit.CACHE_UNUSABLE, f"the cache directory can't be used: {error}")

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
 
+from attncomp.cli_output import print_table
 from attncomp.codegen.cache import CacheCounters, CacheItem, Entry, EntryInfo, Finding, Removal
 from attncomp.codegen.cache_units import format_age, format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SCHEMA = 1
-_PIPED_WIDTH = 200
-
-
-def print_json(body: dict[str, object]) -> None:
-    print(json.dumps({"schema": SCHEMA, **body}, indent=1))
 
 
 def print_entries(shown: list[EntryInfo], everything: list[EntryInfo], max_size: int) -> None:
     """A line for each entry in ``shown``, and a last line about all of them."""
     now = time.time()
-    table = _table("ID", "VARIANT", "NAME", ">SIZE", "CREATED", "LAST USED", "STATUS")
+    rows = []
     for info in shown:
         created = "?" if info.created is None else format_age(now - info.created)
         status = f"{info.status} ({info.detail})" if info.detail else info.status
         used = format_age(now - info.last_used)
-        _add_row(table, info.id[:12], info.variant, info.name, format_size(info.size), created, used, status)
+        rows.append((info.id[:12], info.variant, info.name, format_size(info.size), created, used, status))
     if shown:
-        _print_table(table)
+        print_table(("ID", "VARIANT", "NAME", ">SIZE", "CREATED", "LAST USED", "STATUS"), rows)
     size = sum(info.size for info in everything)
     damaged = sum(info.status != "ok" for info in everything)
     print(
@@ -53,30 +42,29 @@ def print_source(entry: Entry) -> None:
 def print_entry(entry: Entry) -> None:
     """Everything that the manifest says."""
     manifest = entry.manifest
-    table = _table("FIELD", "VALUE")
-    _add_row(table, "id", manifest.id)
-    _add_row(table, "name", manifest.name)
-    _add_row(table, "variant", manifest.variant)
-    _add_row(table, "built", f"{manifest.built_at}, {manifest.compile_s:.2f} s")
-    for name, version in manifest.toolchain.items():
-        _add_row(table, f"toolchain.{name}", version or "not installed")
-    for name, record in manifest.files.items():
-        _add_row(table, f"file.{name}", f"{record.size} bytes, sha256 {record.sha256}")
+    rows = [
+        ("id", manifest.id),
+        ("name", manifest.name),
+        ("variant", manifest.variant),
+        ("built", f"{manifest.built_at}, {manifest.compile_s:.2f} s"),
+        *((f"toolchain.{name}", version or "not installed") for name, version in manifest.toolchain.items()),
+        *((f"file.{name}", f"{file.size} bytes, sha256 {file.sha256}") for name, file in manifest.files.items()),
+    ]
     for group, values in (("metadata", manifest.metadata), ("key", manifest.key_fields)):
         for name, value in values.items():
-            _add_row(table, f"{group}.{name}", value if isinstance(value, str) else json.dumps(value))
-    _print_table(table)
+            rows.append((f"{group}.{name}", value if isinstance(value, str) else json.dumps(value)))
+    print_table(("FIELD", "VALUE"), rows)
 
 
 def print_findings(findings: list[Finding], fixed: list[str]) -> None:
     """A line for each problem, and a last line with the counts."""
     bad = [finding for finding in findings if finding.result != "ok"]
-    table = _table("ID", "KIND", "RESULT", "DETAIL")
+    rows = []
     for finding in bad:
         result = f"{finding.result} (set aside)" if finding.id in fixed else finding.result
-        _add_row(table, finding.id[:12], finding.kind, result, finding.detail)
+        rows.append((finding.id[:12], finding.kind, result, finding.detail))
     if bad:
-        _print_table(table)
+        print_table(("ID", "KIND", "RESULT", "DETAIL"), rows)
     kernels = sum(finding.kind == "kernel" for finding in findings)
     print(
         f"Verified {_number(kernels, 'kernel')} and {_number(len(findings) - kernels, 'plan')}:"
@@ -119,10 +107,7 @@ def print_stats(counters: CacheCounters, items: list[CacheItem], quarantined: in
         ("Plans", str(len(items) - kernels), ""),
         ("Quarantine", str(quarantined), ""),
     ]
-    table = _table("WHAT", ">COUNT", "DETAIL")
-    for row in rows:
-        _add_row(table, *row)
-    _print_table(table)
+    print_table(("WHAT", ">COUNT", "DETAIL"), rows)
     if requests:
         print(f"Since {datetime.fromtimestamp(counters.since, timezone.utc).isoformat(sep=' ', timespec='seconds')}")
 
@@ -132,33 +117,6 @@ def describe_removal(removal: Removal) -> str:
     kernels = sum(item.kind == "kernel" for item in removal.removed)
     plans = len(removal.removed) - kernels
     return f"{_number(kernels, 'kernel')} and {_number(plans, 'plan')} ({format_size(removal.size)})"
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        # A name that is cut off can't be pasted anywhere, so cells are folded instead.
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Names come from files: no markup, and no control characters for the terminal to obey."""
-    from rich.text import Text
-
-    if len(cells) != len(table.columns):
-        raise ValueError(f"{len(cells)} cells for {len(table.columns)} columns")
-    table.add_row(
-        *(Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cell)) for cell in cells)
-    )
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
 
 
 def _number(count: int, noun: str) -> str:

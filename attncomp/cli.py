@@ -132,7 +132,7 @@ def variants(as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check that everything is here that attncomp needs; exit code 1 if something is broken."""
+    """Check what attncomp needs. Exit code 1 if something is broken."""
     from attncomp.cli_doctor import examine
 
     checks = examine()
@@ -151,7 +151,7 @@ def check_policy(
     file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="The policy file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a policy file; exit code 1 if it is not valid."""
+    """Check a policy file. Exit code 1 if it is not valid."""
     try:
         policy = load_policy(file)
         if _lists_variants(policy):
@@ -171,10 +171,10 @@ def check_policy(
 
 @policy_app.command("show")
 def show_policy(
-    source: Annotated[str | None, typer.Argument(metavar="[FILE|PRESET]", help="Default: the exact preset.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="FILE|PRESET", help="Default: the exact preset.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a policy with all defaults filled in, as TOML that can be saved and edited."""
+    """Print a policy with all defaults as TOML. It can be saved and edited."""
     policy = load_policy(source)
     if as_json:
         print_json({"policy": policy.to_dict(), "presets": list(PRESETS)})

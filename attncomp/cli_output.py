@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 SCHEMA = 1
 _PIPED_WIDTH = 200
@@ -31,14 +31,18 @@ def print_json(body: dict[str, object]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows under headings; a heading that begins with ``>`` is set flush right. Text is folded, never cut off."""
+    """Print rows under headings; a heading that begins with ``>`` is set flush right. Text is folded, never cut off: a
+    name in part can't be pasted anywhere."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(plain(cell)) for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    with console.capture() as printed:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def fail(code: Exit, message: str) -> NoReturn:
