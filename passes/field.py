@@ -21,6 +21,9 @@ _HALF = 14
 _INNER = 4096
 """The longest sum of products of a residue and a half that is exact in float64: 4096 * 2^27 * 2^14 = 2^53."""
 
+_FEW = 64
+"""Elements whose powers are found one by one; on a tensor, they take fifty operations."""
+
 
 class ZeroDivisorError(Exception):
     """A divisor is zero at this point of the field (internal: another point is drawn)."""
@@ -54,6 +57,8 @@ class Field:
         return self.reduce(high.bitwise_left_shift_(_HALF).add_(low))
 
     def power(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        if x.numel() <= _FEW:
+            return x.new_tensor([pow(a, n, self.order) for a in x.flatten().tolist()]).view(x.shape)
         result = torch.ones_like(x)
         while n:
             if n & 1:
@@ -71,6 +76,10 @@ class Field:
         """
         if bool((x == 0).any()):
             raise ZeroDivisorError
+        return self.inverse_or_zero(x)
+
+    def inverse_or_zero(self, x: torch.Tensor) -> torch.Tensor:
+        """1 / x, and 0 for 0: for those who compare the product again."""
         return self.power(x, self.order - 2)
 
     def cumulated(self, x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ def guesses_by_blocks(
                     f.product(q, f.product(keys[:, :, :end], written[:, :end]))
                     for q, end in zip(queries, ends, strict=True)
                 ]
-                factor = f.multiply(wanted[0][:, :1], f.power(read[0][:, :, 0], f.order - 2))  # (n, m); 0 for 0
+                factor = f.multiply(wanted[0][:, :1], f.inverse_or_zero(read[0][:, :, 0]))  # (n, m); 0 for 0
                 same = (factor == factor[:1]).all(0) & (factor != 0).all(0)
                 for r, w in zip(read, wanted, strict=True):
                     same &= (f.multiply(r, factor[..., None]) == w[:, None]).all(-1).all(0)

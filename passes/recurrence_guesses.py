@@ -56,22 +56,17 @@ class _Weights:
     y: torch.Tensor
 
 
-def _inverse(x: torch.Tensor) -> torch.Tensor:
-    """1 / x, and 0 for 0: whoever uses it compares the product again, or is checked on all rows."""
-    return VALUES.power(x, VALUES.order - 2)
-
-
 def _weights(out: torch.Tensor, v: torch.Tensor) -> _Weights | None:
     f = VALUES
     row, value = out[:, 0], v[:, 0].expand(out.shape[0], -1)
     if not torch.equal(f.multiply(row, value[:, :1]), f.multiply(row[:, :1], value)):
         return None
-    w = f.multiply(row[:, 0], _inverse(value[:, 0]))
+    w = f.multiply(row[:, 0], f.inverse_or_zero(value[:, 0]))
     if not torch.equal(f.multiply(w[:, None], value), row):
         return None
     row, second = out[:, 1], v[:, 1].expand(out.shape[0], -1)
     determinant = f.reduce(value[:, 0] * second[:, 1] - f.multiply(value[:, 1], second[:, 0]))
-    over = _inverse(determinant)
+    over = f.inverse_or_zero(determinant)
     x = f.multiply(f.reduce(row[:, 0] * second[:, 1] - f.multiply(row[:, 1], second[:, 0])), over)
     y = f.multiply(f.reduce(value[:, 0] * row[:, 1] - f.multiply(value[:, 1], row[:, 0])), over)
     again = f.reduce(f.multiply(x[:, None], value) + f.multiply(y[:, None], second))
@@ -84,12 +79,12 @@ def _of_values(v: Read, found: _Weights, pool: Pool, width: Width) -> Iterator[R
     rows = pool.rows[width]
     first, second = (torch.stack([c.array[:, t].expand(n, -1) for c in rows], 1) for t in (0, 1))  # (n, m, d)
     dots = f.product(first, first.transpose(1, 2)), f.product(second, second.transpose(1, 2))  # (n, m, m)
-    r0, r1 = (f.multiply(w[:, None, None], _inverse(d)) for w, d in zip((found.w, found.y), dots, strict=True))
+    r0, r1 = (f.multiply(w[:, None, None], f.inverse_or_zero(d)) for w, d in zip((found.w, found.y), dots, strict=True))
     for beta in (None, *(g for g in pool.gates if g.array.shape[1] > 1)):
         rest = r0
         if beta is not None:
             b0, b1 = (beta.array[:, t].expand(n, 1)[:, :, None] for t in (0, 1))
-            rest = f.multiply(r0, _inverse(b0))
+            rest = f.multiply(r0, f.inverse_or_zero(b0))
             agree = (f.multiply(rest, b0) == r0) & (f.multiply(rest, b1) == r1)
         else:
             agree = r0 == r1
@@ -139,7 +134,8 @@ class _Pair:
 
     def wanted(self) -> torch.Tensor:
         """x without scale and beta."""
-        return VALUES.multiply(self.x, _inverse(VALUES.multiply(self.betas()[0], torch.tensor(self.scale[1]))))
+        by = VALUES.multiply(self.betas()[0], torch.tensor(self.scale[1]))
+        return VALUES.multiply(self.x, VALUES.inverse_or_zero(by))
 
     def made(self, decay: Read | float | None, delta: bool = False, early: bool = False) -> Recurrence:
         beta = None if self.beta is None else self.beta.read
@@ -177,7 +173,7 @@ def _of_pair(pair: _Pair, pool: Pool, channels: Sequence[Candidate]) -> Iterator
             if not early:  # without a decay they are the same
                 yield pair.made(None, delta)
             continue
-        factor = f.multiply(target, _inverse(plain))
+        factor = f.multiply(target, VALUES.inverse_or_zero(plain))
         number = _number(factor, pool)
         if number is not None:
             yield pair.made(number[0], delta, early)
@@ -223,11 +219,11 @@ def _read_before(out: torch.Tensor, v: Candidate, found: _Weights, pool: Pool, w
     rows = pool.rows[width]
     first, second = (torch.stack([c.array[:, t].expand(n, -1) for c in rows], 1) for t in (0, 1))  # (n, m, d)
     dots = f.product(second, first.transpose(1, 2))  # (n, queries, keys)
-    ratio = f.multiply(found.x[:, None, None], _inverse(dots))
+    ratio = f.multiply(found.x[:, None, None], f.inverse_or_zero(dots))
     for beta in (None, *(g for g in pool.gates if g.array.shape[1] > 1)):
         rest = ratio
         if beta is not None:
-            rest = f.multiply(ratio, _inverse(beta.array[:, 0].expand(n, 1)[:, :, None]))
+            rest = f.multiply(ratio, f.inverse_or_zero(beta.array[:, 0].expand(n, 1)[:, :, None]))
         agree = (rest != 0) & (rest == rest[:1])  # zero where a product or beta is
         for iq, ik in agree.all(0).nonzero().tolist():
             scale = _number(rest[:, iq, ik], pool)
@@ -254,7 +250,7 @@ def _after_one_step(out: torch.Tensor, v: Candidate, pair: _Pair) -> torch.Tenso
 
 def _multiple(x: torch.Tensor, of: torch.Tensor) -> torch.Tensor | None:
     """w (n,) such that x = w of, both (n, e)."""
-    w = VALUES.multiply(x[:, 0], _inverse(of[:, 0]))
+    w = VALUES.multiply(x[:, 0], VALUES.inverse_or_zero(of[:, 0]))
     return w if torch.equal(VALUES.multiply(w[:, None], of), x) else None
 
 
@@ -274,7 +270,7 @@ def _bonuses(
         if pair.beta is not None:
             factor = f.multiply(factor, pair.beta.array[:, t].expand(n, 1))
         products.append(f.multiply(product, factor))
-    factor = f.multiply(found.w, _inverse(f.reduce(products[0].sum(1))))
+    factor = f.multiply(found.w, f.inverse_or_zero(f.reduce(products[0].sum(1))))
     number = _number(factor, pool)
     if number is not None:
         yield number[0], f.multiply(f.reduce(products[2].sum(1, keepdim=True)), torch.tensor(number[1]))

@@ -30,7 +30,7 @@ def guesses_of_value_gates(
         return
     for v in values:
         v0, v1 = (v.array[:, t].expand(n, -1) for t in (0, 1))
-        w = f.multiply(out[:, 0, 0], _inverse(v0[:, 0]))  # (n,)
+        w = f.multiply(out[:, 0, 0], f.inverse_or_zero(v0[:, 0]))  # (n,)
         if not torch.equal(f.multiply(w[:, None], v0), out[:, 0]):
             continue
         rest = pool()
@@ -61,12 +61,13 @@ def _pairs(
     n = w.shape[0]
     rows = pool.rows[width]
     first = torch.stack([c.array[:, 0].expand(n, -1) for c in rows], 1)  # (n, m, d)
-    ratio = f.multiply(w[:, None, None], _inverse(f.product(first, first.transpose(1, 2))))  # (n, queries, keys)
+    dots = f.product(first, first.transpose(1, 2))  # (n, queries, keys)
+    ratio = f.multiply(w[:, None, None], f.inverse_or_zero(dots))
     count = 0
     for beta in (None, *(g for g in pool.gates if g.array.shape[1] > 1)):
         left = ratio
         if beta is not None:
-            left = f.multiply(ratio, _inverse(beta.array[:, 0].expand(n, 1)[:, :, None]))
+            left = f.multiply(ratio, f.inverse_or_zero(beta.array[:, 0].expand(n, 1)[:, :, None]))
         agree = (left != 0) & (left == left[:1])
         for iq, ik in agree.all(0).nonzero().tolist():
             residue = int(left[0, iq, ik])
@@ -80,8 +81,3 @@ def _of_width(pool: Pool, held: int) -> Iterator[Candidate]:
     for width, candidates in pool.channels.items():
         if width[1] == held:
             yield from candidates
-
-
-def _inverse(x: torch.Tensor) -> torch.Tensor:
-    """1 / x, and 0 for 0: what is found so is compared again."""
-    return VALUES.power(x, VALUES.order - 2)

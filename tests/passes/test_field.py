@@ -45,6 +45,14 @@ def test_inverses_and_exponentials() -> None:
     assert int(exponential(torch.tensor(EXPONENTS.order - 1))) == pow(4, -1, VALUES.order)
 
 
+def test_few_powers_are_those_of_many() -> None:
+    x = torch.randint(VALUES.order, (20, 50))
+    x[0, :3] = 0
+    for n in (0, 1, 5, VALUES.order - 2):
+        assert torch.equal(torch.stack([VALUES.power(row, n) for row in x]), VALUES.power(x, n))
+    assert VALUES.inverse_or_zero(x)[0, :3].tolist() == [0, 0, 0]
+
+
 def test_cumulated_products() -> None:
     x = torch.randint(VALUES.order, (2, 5))
     found = VALUES.multiplied(x, 1)
