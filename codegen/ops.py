@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from attncomp.codegen.cache import default_cache
 from attncomp.errors import CacheError
@@ -137,6 +138,13 @@ def run_attention(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str
 
 def _operator(q: Any, k: Any, v: Any, captured: Any, sizes: Any, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the operator does below autograd, which must be given tensors that no other call returns."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v, *captured)
+    ):
+        raise NotImplementedError(
+            "attncomp's attention has no forward-mode derivative: call the model that was not compiled, or compile it "
+            'with the policy "off"'
+        )
     out, lse = run_attention(q, k, v, captured, sizes, digest)
     return out, lse if lse.numel() else lse.new_empty(lse.shape)
 
@@ -242,8 +250,17 @@ def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     return grads[0], grads[1], grads[2], of_captured, no_sizes, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "attncomp's attention has no second derivative (a backward pass through create_graph=True): call the model "
+        'that was not compiled, or compile it with the policy "off"'
+    )
+
+
 _LIBRARY.impl("attention", _operator, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", run_attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attncomp::attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attncomp::attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("attncomp::attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+# Without this the kernels' own operators would be differentiated, for which row sums are constants.
+torch.library.register_autograd("attncomp::attention_backward", _no_second_derivative, lib=_LIBRARY)

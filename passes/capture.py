@@ -77,6 +77,9 @@ class Captured:
 
 def capture(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Captured | Rejection:
     """Trace to functional pre-dispatch ATen, or say why that can't be done (the graph then goes on untouched)."""
+    if any(getattr(n.target, "__name__", "") == "_enter_dual_level" for n in dynamo_graph.graph.nodes):
+        # torch's tracer fails inside of the level and leaves it entered, for all that runs later
+        return Rejection("forward-mode", "the graph computes forward-mode derivatives (torch.func.jvp)")
     inlined = inline(without_vmap(dynamo_graph))
     if isinstance(inlined, Rejection):
         return inlined

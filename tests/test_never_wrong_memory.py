@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from attncomp.backend import forget_warnings
 from tests.agreement import agree
 from tests.near_misses import INF, OPTIONS, Function, causal, heads, scores_of
 
@@ -297,6 +299,39 @@ def test_double_backward() -> None:
     except RuntimeError:
         return
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def softcapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(scores_of(q, k)).softmax(-1) @ v
+
+
+def test_second_derivatives_of_the_operator_are_refused() -> None:
+    """Differentiated as it is written, its backward pass would take row sums for constants."""
+    compiled = torch.compile(softcapped, backend="attncomp", options=OPTIONS)
+    args = heads()
+    out = compiled(*args)
+    assert out.grad_fn is not None
+    (g,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (args[1].sum() + g.square().sum()).backward()
+
+
+def test_forward_mode_derivatives() -> None:
+    """Refused by the operator; a graph that computes some itself is left whole, and right."""
+    q, k, v = heads(grad=False)
+    tangent = torch.randn_like(q)
+    compiled = torch.compile(softcapped, backend="attncomp", options=OPTIONS)
+    compiled(q, k, v)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        compiled(forward_ad.make_dual(q, tangent), k, v)
+
+    def derivative(x: torch.Tensor, t: torch.Tensor) -> Any:
+        return torch.func.jvp(lambda a: softcapped(a, k, v), (x,), (t,))
+
+    whole = torch.compile(derivative, backend="attncomp", options=OPTIONS)
+    with pytest.warns(UserWarning, match="forward-mode"), forget_warnings():
+        found = whole(q, tangent)
+    torch.testing.assert_close(found, derivative(q, tangent))
 
 
 def test_random_operations_keep_their_draws() -> None:
