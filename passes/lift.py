@@ -39,7 +39,7 @@ def lift(graph: torch.fx.GraphModule, maxima: bool = True) -> list[Site | Missed
     guard_groups(graph)
     apart = distribute(graph)
     loops = loops_apart(graph)
-    stabilised = without_row_maxima(graph) if maxima else []
+    stabilised, unlike = without_row_maxima(graph) if maxima else ([], [])
     found = _anchored(graph, loops)
     lost = [x for x in loops if not x.is_found(found)]
     if lost:
@@ -49,6 +49,7 @@ def lift(graph: torch.fx.GraphModule, maxima: bool = True) -> list[Site | Missed
         found = _anchored(graph, loops)
     kept = [s for s in stabilised if not s.is_found(found)]
     for s in reversed(kept):
+        unlike += s.reasons(found)
         s.undo(graph)
     for s in stabilised:
         if s not in kept:
@@ -57,6 +58,8 @@ def lift(graph: torch.fx.GraphModule, maxima: bool = True) -> list[Site | Missed
         left = set(graph.graph.nodes)
         found = _anchored(graph, loops) if kept else [s for s in found if s.anchor in left]
     outputs = {s.output for s in found if isinstance(s, Site)}
+    known = {s.anchor for s in found}.union(*(s.covered() for s in found if isinstance(s, Site)))
+    found = _in_order(graph, [*found, *(m for m in unlike if m.anchor not in known)])
     whole = [d for d in apart if not all(part in outputs or DISTRIBUTED in part.meta for part in d.parts)]
     if whole:
         put_back(graph)
@@ -101,6 +104,10 @@ def _anchored(graph: torch.fx.GraphModule, loops: Sequence[Apart]) -> list[Site 
                 found.append(_reported("linear", node, result))
             if isinstance(result, Site):
                 claimed |= result.covered()
+    return _in_order(graph, found)
+
+
+def _in_order(graph: torch.fx.GraphModule, found: Sequence[Site | Missed]) -> list[Site | Missed]:
     order = {node: n for n, node in enumerate(graph.graph.nodes)}
     return sorted(found, key=lambda s: order[s.anchor])
 

@@ -33,6 +33,7 @@ from attncomp.passes.recurrence_value_gates import guesses_of_value_gates
 from attncomp.passes.recurrences import Candidate, Pool, Read
 from attncomp.passes.region_key import key_of
 from attncomp.passes.replacement import erase
+from attncomp.passes.row_maximum import IS_READ
 from attncomp.passes.site import Missed, Site, missed
 from attncomp.passes.value_bounds import bounds
 from attncomp.passes.whole_steps import whole_steps
@@ -71,7 +72,7 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     collected = frozenset(p.node for p in candidates if p.stepwise)
     alive: set[Node] | None = None  # the nodes that are left, where some went
     for place in reversed(candidates):  # what is farther down holds what is above it
-        if place.node in claimed:
+        if place.node in claimed or IS_READ in place.node.meta:
             continue
         if alive is not None:
             place = replace(place, outputs=tuple(n for n in place.outputs if n in alive))
