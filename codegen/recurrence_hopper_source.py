@@ -22,16 +22,15 @@ _WIDTH = 128
 
 def hopper_params(dtype: str, d: int, e: int, form: KernelForm, hardware: Hardware) -> dict[str, int] | None:
     """The kernel's parameters; None where the plain one serves: another device, dtype or width (rows are copied by 16
-    bytes), gates for channels, and forms without the delta rule. Of these the kernel can do gates of tokens, but how
-    fast it is was not measured, and without gates the plain one is as fast as memory.
+    bytes), gates for channels, and weighted values without the delta rule.
 
     stages: places for the tiles of a chunk; three of them have room without the delta rule.
     """
-    known = form.delta and form.per != "channel"
+    known = form.per != "channel" and (form.delta or form.weighted == "none")
     fits = all(_WIDTH // 2 < w <= _WIDTH and w % 8 == 0 for w in (d, e))
     if not known or not fits or dtype != "bfloat16" or hardware.capability != (9, 0) or not knows_gluon():
         return None
-    return {"stages": 2}
+    return {"stages": 2 if form.delta else 3}
 
 
 def hopper_tensors(shape: Shape) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -69,20 +69,27 @@ def _made_by_torch(stream: int) -> bool:
 @lru_cache
 def zeros_of(device: int) -> StreamZeros:
     """The words of a GPU, which must be the current one whenever they are asked for."""
-    return StreamZeros(_driver_memory, torch.cuda.is_current_stream_capturing)
+    return StreamZeros(partial(_driver_memory, device=device), torch.cuda.is_current_stream_capturing)
 
 
 _RELAXED = 2
 """The driver's mode in which a thread may allocate while another one captures."""
 
 
-def _driver_memory(stream: int) -> int:
-    """Zeros on the current device, never freed, filled when this returns; 0 if there are none to be had."""
+def _driver_memory(stream: int, device: int) -> int:
+    """Zeros on a device, the current one, never freed, filled when this returns; 0 if there are none to be had."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         exchange, allocate = driver.cuThreadExchangeStreamCaptureMode, driver.cuMemAlloc_v2
         fill, wait = driver.cuMemsetD8Async, driver.cuStreamSynchronize
+        current, retain, enter = driver.cuCtxGetCurrent, driver.cuDevicePrimaryCtxRetain, driver.cuCtxSetCurrent
     except (OSError, AttributeError):
+        return 0
+    # A thread has no context before torch did something on the device in it; torch's own is the primary one.
+    context = ctypes.c_void_p()
+    if current(ctypes.byref(context)) != 0:
+        return 0
+    if context.value is None and (retain(ctypes.byref(context), ctypes.c_int(device)) != 0 or enter(context) != 0):
         return 0
     at, size, on = ctypes.c_uint64(), ctypes.c_size_t(_APART * _STREAMS), ctypes.c_void_p(stream)
     mode = ctypes.c_int(_RELAXED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,48 @@ def test_threads_agree(current: Current) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda n: zeros(0x7F00), range(64)))) == 1
     assert current.made == 1
+
+
+def driver(context: int) -> SimpleNamespace:
+    """The driver's functions, of a thread with this context, 0 for none."""
+    state = SimpleNamespace(context=context, entered=0, filled=False)
+
+    def current(found: Any) -> int:
+        found._obj.value = state.context
+        return 0
+
+    def primary(found: Any, device: Any) -> int:
+        found._obj.value = 0x100 + device.value
+        return 0
+
+    def enter(context: Any) -> int:
+        state.entered = state.context = context.value
+        return 0
+
+    def of_context(*arguments: Any) -> int:
+        return 0 if state.context else 201
+
+    def allocate(found: Any, size: Any) -> int:
+        found._obj.value = BASE
+        return of_context()
+
+    def fill(*arguments: Any) -> int:
+        state.filled = True
+        return of_context()
+
+    state.cuCtxGetCurrent, state.cuDevicePrimaryCtxRetain, state.cuCtxSetCurrent = current, primary, enter
+    state.cuThreadExchangeStreamCaptureMode = state.cuStreamSynchronize = of_context
+    state.cuMemAlloc_v2, state.cuMemsetD8Async = allocate, fill
+    return state
+
+
+@pytest.mark.parametrize("context", [0, 0x55])
+def test_a_thread_without_a_context_enters_the_primary_one(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = driver(context)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: found)
+    assert stream_zeros._driver_memory(0, 3) == BASE
+    assert found.filled
+    assert found.entered == (0 if context else 0x103)
 
 
 @pytest.mark.gpu
