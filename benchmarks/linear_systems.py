@@ -326,8 +326,10 @@ def gla_scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return state, (q_t[..., None, :] @ state).squeeze(-2)
 
     start = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-    rows: Tensor = scan(step, start, (q, k, v, gate.to(q.dtype)), dim=2)[1]
-    return rows
+    # Over the first dimension: where else the rows are put differs between versions of torch.
+    along = tuple(x.movedim(2, 0) for x in (q, k, v, gate.to(q.dtype)))
+    rows: Tensor = scan(step, start, along, dim=0)[1]
+    return rows.movedim(0, 2)
 
 
 @_in_float32

@@ -38,10 +38,9 @@ EXACT = 4096
 """Steps up to which errors are measured."""
 N_SQUARED = 16 * 2**30
 """Bytes that one n² tensor of all heads may take, in float32."""
-CHUNKS = 32
-"""That a loop over chunks makes of a long sequence where it is traced; of a short one fewer, of `CHUNK` steps."""
 CHUNK = 64
-"""Steps of a chunk in eager, at any length: what the papers' kernels take, and what costs a loop the least."""
+"""Steps of a chunk: what the papers' kernels take. Where a loop is traced they are as many as there are chunks, at least
+so many: what tracing takes grows with both."""
 
 
 def _fla(module: str, function: str) -> Callable[..., Tensor]:
@@ -120,8 +119,8 @@ class Competitor:
         if "chunk" not in inspect.signature(attend).parameters or self.system == "Agent Attention":
             return attend
         short = min(CHUNK, self.sizes.n // 4)
-        few = traced or self.system == "SANA, blocks"
-        return partial(attend, chunk=max(self.sizes.n // CHUNKS, short) if few else short)
+        few = max(1 << (math.isqrt(self.sizes.n) - 1).bit_length(), short)
+        return partial(attend, chunk=few if traced or self.system == "SANA, blocks" else short)
 
     def call(self) -> Callable[..., Tensor]:
         attend = self.attend(traced=self.name != "eager")
