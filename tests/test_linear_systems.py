@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ SOFTMAX = {"Agent Attention": 2}
 """Attentions by softmax."""
 
 
+REFERENCES = {"GLA, scan": "GLA"}
+"""What is compared with another way to write it: torch 2.11's own gradients of a scan are wrong."""
+
+
+def reference(system: System) -> Callable[..., torch.Tensor]:
+    """The function itself, or the same by operators whose gradients are right in every version of torch."""
+    return next(s.attend for s in SYSTEMS if s.name == REFERENCES.get(system.name, system.name))
+
+
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
 def test_is_found_and_right(system: System) -> None:
     tensors = system.inputs(SIZES)
@@ -34,7 +44,7 @@ def test_is_found_and_right(system: System) -> None:
     torch._dynamo.reset()
     clear_reports()
     out = torch.compile(system.attend, backend="attncomp", options=OPTIONS)(**tensors)
-    right = system.attend(**tensors)
+    right = reference(system)(**tensors)
     direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(1), dtype=right.dtype)
     torch.testing.assert_close(out, right, rtol=1e-8, atol=1e-10)
     found = torch.autograd.grad(out, learned, direction, allow_unused=True)
