@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -67,7 +68,7 @@ def load_policy(source: str | os.PathLike[str] | Mapping[str, Any] | Policy | No
             return _policy(Section(PRESETS[source], Origin(f'preset "{source}"')))
         case str() if not _looks_like_path(source):
             raise PolicyError(
-                f'"{source}" is neither a preset nor a file',
+                f"{_shown(source)} is neither a preset nor a file",
                 fix=f"{nearest(source, PRESETS)}The presets are {', '.join(PRESETS)}; a file's path ends in .toml",
             )
         case str() | os.PathLike():
@@ -113,7 +114,10 @@ def parse_size(value: int | str) -> int:
         raise ValueError(f'"{value}" is not a size')
     unit = (found[2] or "").upper()
     base = 1024 if unit.endswith("I") else 1000
-    return int(float(found[1]) * base ** "KMGT".find(unit[0]) * base) if unit else int(float(found[1]))
+    size = float(found[1]) * (base ** ("KMGT".find(unit[0]) + 1) if unit else 1)
+    if math.isinf(size):
+        raise ValueError(f'"{value[:20]}..." is no size that any disk has')
+    return int(size)
 
 
 def _policy(top: Section) -> Policy:
@@ -227,7 +231,14 @@ def _read_cache(section: Section) -> CacheSettings:
     section.require_known(CacheSettings.__slots__)
     folder: str | None = None
     if "dir" in section.values:
-        path = Path(os.path.expandvars(section.text("dir"))).expanduser()
+        text = section.text("dir")
+        try:
+            path = Path(os.path.expandvars(text)).expanduser()
+        except RuntimeError as error:
+            what = f'"dir" in [cache] is in a home directory that is not known: {text}'
+            raise section.error("dir", what, "Write the path out") from error
+        if "\0" in text:
+            raise section.error("dir", '"dir" in [cache] has a character that no path may have: \\0', "Leave it out")
         folder = os.fspath(section.origin.folder / path)
     max_size: int | None = None
     if "max_size" in section.values:
@@ -244,4 +255,13 @@ def _read_cache(section: Section) -> CacheSettings:
 
 
 def _looks_like_path(text: str) -> bool:
-    return text.endswith(".toml") or os.sep in text or (os.altsep or os.sep) in text or Path(text).is_file()
+    if text.endswith(".toml") or os.sep in text or (os.altsep or os.sep) in text:
+        return True
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than any name, or with a character that none may have
+        return False
+
+
+def _shown(text: str) -> str:
+    return f'"{text}"' if len(text) <= 80 and text.isprintable() else f"{text[:80]!r}..."

@@ -124,9 +124,13 @@ class Section:
         value = self.values[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.type_error(key, "a number")
-        if not math.isfinite(value):
-            raise self.error(key, f'"{key}" in {self.title} must be finite, not {value}')
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.error(key, f'"{key}" in {self.title} must be finite, not {number}')
+        return number
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values[key]
@@ -147,11 +151,10 @@ def read_toml(path: str | os.PathLike[str]) -> Section:
     name = os.fspath(path)
     try:
         data = Path(path).expanduser().read_bytes()
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown home; ValueError: no path at all
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise PolicyError(
-            f"the policy file can't be read: {error.strerror or error}",
-            where=name,
-            fix="Check the path, or name a preset",
+            f"the policy file can't be read: {reason}", where=name, fix="Check the path, or name a preset"
         ) from error
     try:
         text = data.decode("utf-8")

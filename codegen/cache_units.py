@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _SIZE_UNITS = {
@@ -32,7 +33,10 @@ def parse_size(text: str | int) -> int:
         raise ValueError(
             f"{text!r} is not a size; write a number with B, KiB, MiB, GiB, TiB, kB, MB, GB or TB, as in 2GiB"
         )
-    return int(float(match.group(1)) * _SIZE_UNITS[unit])
+    size = float(match.group(1)) * _SIZE_UNITS[unit]
+    if math.isinf(size):
+        raise ValueError(f"{text[:20]}... is no size that any disk has")
+    return int(size)
 
 
 def parse_age(text: str) -> float:

@@ -321,6 +321,19 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         ({"version": 1, "rule": [3]}, 'policy dict: item 1 of "rule" must be a table, not the number 3'),
         ({}, 'policy dict: the policy has no "version"'),
         ("alway", 'Did you mean "always"? The presets are exact'),
+        ({"version": 1, "defaults": {"min_speedup": 10**400}}, '"min_speedup" in [defaults] must be finite, not inf'),
+        ("x" * 5000, "xxx'... is neither a preset nor a file"),
+        ("a\0b.toml", "the policy file can't be read: embedded null byte"),
+        ("~nobody-of-this-name/a.toml", "the policy file can't be read: Could not determine home directory"),
+        (
+            {"version": 1, "cache": {"dir": "~nobody-of-this-name/a"}},
+            'policy dict: "dir" in [cache] is in a home directory that is not known: ~nobody-of-this-name/a. Write',
+        ),
+        ({"version": 1, "cache": {"dir": "a\0b"}}, 'policy dict: "dir" in [cache] has a character'),
+        (
+            {"version": 1, "cache": {"max_size": "9" * 400 + "GiB"}},
+            '"max_size" in [cache]: "99999999999999999999..." is',
+        ),
         (3, "a policy can't be of type int. Pass a path"),
     ],
 )

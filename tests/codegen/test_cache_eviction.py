@@ -254,6 +254,11 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+def test_a_size_beyond_all_numbers() -> None:
+    with pytest.raises(ValueError, match="no size that any disk has"):
+        parse_size("9" * 400 + "GiB")
+
+
 @pytest.mark.parametrize("text", ["", "5", "d", "-1d", "1y", "1MB"])
 def test_what_is_no_age(text: str) -> None:
     with pytest.raises(ValueError, match="not an age"):
