@@ -56,14 +56,17 @@ def compiled(module: Callable[..., Any], how: str, options: Mapping[str, Any] | 
 
 
 def measure(call: Callable[[], Any], device: str, *, runs: int = 10, warm: int = 2) -> Measured:
-    """A call that compiles, `warm` more, then `runs` timed ones. Running out of memory is a result, not an error."""
+    """A call that compiles, `warm` more, then `runs` timed ones. Running out of memory is a result, not an error.
+
+    A single run checks a script, and goes without the others before it.
+    """
     release(device)
     try:
         start = time.perf_counter()
         value = call()
         synchronize(device)
         first = time.perf_counter() - start
-        for _ in range(warm):
+        for _ in range(min(warm, runs - 1)):
             call()
         ms, peak = (_cuda if device == "cuda" else _cpu)(call, runs)
         return Measured(ms, peak, first, value)

@@ -40,7 +40,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return check
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., dict[str, float]]]:
     """Runs functions in one process where Triton is imported with its interpreter on; here it stays a compiler."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=interpret) as pool:

@@ -159,7 +159,7 @@ def interpreted(name: str, empty: Empty = "zero") -> dict[str, float]:
     """Errors of output and gradients of the kernels that read spans."""
     case = case_of(find(name), empty=empty)
     plan = plan_of(case, "cpu", {"spans": True})
-    tile = {**SMALL_TILE, "block_m": 32, "block_n": 32}
+    tile = {**SMALL_TILE, "block_m": 64, "block_n": 32}
     params = {n: tile if isinstance(x, dict) else x for n, x in plan.params.items()}
     return built_errors(case, replace(plan, params=params), "cpu")
 

@@ -212,7 +212,7 @@ def test_one_kernel_runs(holds: bool, interpreter: Callable[..., dict[str, float
         assert interpreter(written, which, holds) == {"out": share, "stat": share}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiles_without_a_gpu(capability: int) -> None:
     plan = _plan("padding", 256, "cuda", dtype="bfloat16", width=64)
     for part in TILED_CHECKED.parts(plan):

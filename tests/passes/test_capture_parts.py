@@ -14,7 +14,7 @@ from attncomp.passes import capture as capture_module
 from attncomp.passes import capture_parts
 from attncomp.passes.repeats import stretches
 
-LAYERS = 6
+LAYERS = 4
 
 
 class Layer(nn.Module):
