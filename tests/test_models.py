@@ -213,17 +213,25 @@ def _last_sites() -> tuple[Any, ...]:
     return tuple(s for s in attncomp.reports()[-1].sites)
 
 
-def _pairs(cases: Sequence[Case]) -> list[Any]:
-    """Every case with both attention implementations, where the library has both: Gemma 2's softcap excludes sdpa."""
+def _pairs(cases: Sequence[Case], slow: Sequence[str]) -> list[Any]:
+    """Every case with both attention implementations, where the library has both: Gemma 2's softcap excludes sdpa.
+
+    slow: the names of cases whose calls of sdpa are those of another one.
+    """
     return [
-        pytest.param(c, attention, id=f"{c.name}-{attention}")
+        pytest.param(
+            c,
+            attention,
+            id=f"{c.name}-{attention}",
+            marks=[pytest.mark.slow] if attention == "sdpa" and c.name in slow else [],
+        )
         for c in cases
         for attention in ("eager", "sdpa")
         if (c.name, attention) != ("gemma2", "sdpa")
     ]
 
 
-@pytest.mark.parametrize(("case", "attention"), _pairs(CASES))
+@pytest.mark.parametrize(("case", "attention"), _pairs(CASES, slow=("qwen3", "bart", "whisper")))
 def test_inference_and_training(case: Case, attention: str) -> None:
     model = case.build(attention).train()
     inputs = case.inputs(LENGTH)
@@ -250,7 +258,8 @@ def test_inference_and_training(case: Case, attention: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "attention"), _pairs([c for c in CASES if c.name in ("llama", "gemma2", "bert", "t5")])
+    ("case", "attention"),
+    _pairs([c for c in CASES if c.name in ("llama", "gemma2", "bert", "t5")], slow=("llama", "t5")),
 )
 def test_one_dynamic_compile_serves_three_lengths(case: Case, attention: str) -> None:
     model = case.build(attention).eval()
