@@ -39,8 +39,8 @@ EXACT = 4096
 N_SQUARED = 16 * 2**30
 """Bytes that one n² tensor of all heads may take, in float32."""
 CHUNK = 64
-"""Steps of a chunk: what the papers' kernels take. Where a loop is traced they are as many as there are chunks, at least
-so many: what tracing takes grows with both."""
+"""Steps of a chunk: what the papers' kernels take. Where a loop is traced they are as many as there are chunks, at
+least so many: what tracing takes grows with both."""
 
 
 def _fla(module: str, function: str) -> Callable[..., Tensor]:
