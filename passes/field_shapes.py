@@ -165,9 +165,9 @@ class _Reader:
     def _moved(self, node: Node) -> Any:
         """Views that move whole dimensions, told by their strides; a dimension that is cut or left out is addressed."""
         source, dims = arguments(node)[0], self._dims(arguments(node)[0])
-        shape = list(value_of(source).shape)
+        shape = [int(s) for s in value_of(source).shape]
         marks = _MARKS[: len(shape)]
-        if len(marks) < len(shape):
+        if len(marks) < len(shape) or len(node.all_input_nodes) > 1:  # a size or place that the run knows
             return self._unknown(node)
         probe = torch.empty_strided(shape, marks, device="meta")
         target: Any = node.target

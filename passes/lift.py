@@ -59,7 +59,7 @@ def lift(graph: torch.fx.GraphModule, maxima: bool = True) -> list[Site | Missed
         found = _anchored(graph, loops) if kept else [s for s in found if s.anchor in left]
     outputs = {s.output for s in found if isinstance(s, Site)}
     known = {s.anchor for s in found}.union(*(s.covered() for s in found if isinstance(s, Site)))
-    found = _in_order(graph, [*found, *(m for m in unlike if m.anchor not in known)])
+    found = in_graph_order(graph, [*found, *(m for m in unlike if m.anchor not in known)])
     whole = [d for d in apart if not all(part in outputs or DISTRIBUTED in part.meta for part in d.parts)]
     if whole:
         put_back(graph)
@@ -104,10 +104,10 @@ def _anchored(graph: torch.fx.GraphModule, loops: Sequence[Apart]) -> list[Site 
                 found.append(_reported("linear", node, result))
             if isinstance(result, Site):
                 claimed |= result.covered()
-    return _in_order(graph, found)
+    return in_graph_order(graph, found)
 
 
-def _in_order(graph: torch.fx.GraphModule, found: Sequence[Site | Missed]) -> list[Site | Missed]:
+def in_graph_order(graph: torch.fx.GraphModule, found: Sequence[Site | Missed]) -> list[Site | Missed]:
     order = {node: n for n, node in enumerate(graph.graph.nodes)}
     return sorted(found, key=lambda s: order[s.anchor])
 

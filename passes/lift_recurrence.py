@@ -22,7 +22,7 @@ from attncomp.passes.hoist import divides_by_carried, gates_of, hoist, is_hoista
 from attncomp.passes.hoist_blocks import hoist_blocks
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
-from attncomp.passes.recurrence_anchors import Place, is_outer, places
+from attncomp.passes.recurrence_anchors import Place, interleaves, is_outer, places
 from attncomp.passes.recurrence_blocks import guesses_by_blocks, joined_rows
 from attncomp.passes.recurrence_check import STATES, WORK, Check, drawn, with_initial
 from attncomp.passes.recurrence_guesses import guesses
@@ -35,6 +35,7 @@ from attncomp.passes.region_key import key_of
 from attncomp.passes.replacement import erase
 from attncomp.passes.row_maximum import IS_READ
 from attncomp.passes.site import Missed, Site, missed
+from attncomp.passes.symbols import is_known
 from attncomp.passes.value_bounds import bounds
 from attncomp.passes.whole_steps import whole_steps
 from attncomp.variant import Rejection
@@ -80,7 +81,9 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
             result = _Search(graph, known, place, claimed, seen, collected).result()
         except Exception as error:  # a fault here must not cost the graph its other attention
             result = Rejection("error", f"{type(error).__name__}: {error}")
-        if result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
+        if interleaves(place.node) and not isinstance(result, Site):
+            result = result or Rejection("not-a-recurrence", "its steps are those of no recurrence of linear attention")
+        elif result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
             continue  # the quadratic form, perhaps, which is for others to lift
         anchor, inner = place.node, list[Site]()
         if isinstance(result, Rejection) and place.stepwise and result.code == "not-a-recurrence":
@@ -211,6 +214,10 @@ class _Search:
         inside = [n for n, _ in region.order]
         if not any(_multiplies_out(n) for n in inside):
             return None
+        for node in inside:
+            value = value_of(node)
+            if isinstance(value, torch.Tensor) and not all(map(is_known, value.shape)):
+                return Rejection("sizes", f"{node.name}, which its steps read, has a size that only the run knows")
         cuts = _cuts(inside, outputs)
         earlier = self.collected.intersection(inside).difference(outputs)  # loops of other layers, perhaps
         ways = list(dict.fromkeys((cuts | earlier, cuts, frozenset[Node]())))

@@ -56,17 +56,17 @@ def places(graph: Graph) -> list[Place]:
         else:
             stepwise = False
         parallel = (name == "cumsum" and _sums_products(node)) or (name == "exp" and _decays(node))
-        if stepwise or parallel or (name == "stack" and _interleaves(node)):
+        if stepwise or parallel or (name == "stack" and interleaves(node)):
             found.append(Place(node, tuple(_below(node)), stepwise))
             since[node] = 0
-    inner = {p.node for p in found if _interleaves(p.node)}
+    inner = {p.node for p in found if interleaves(p.node)}
     if len(inner) > 1:  # the levels of a tree: the last one is its result
         inner &= set[Node]().union(*map(ancestors, inner))
         found = [p for p in found if p.node not in inner]
     return found
 
 
-def _interleaves(node: Node) -> bool:
+def interleaves(node: Node) -> bool:
     """Whether a node brings the even and the odd states of an ``associative_scan`` together."""
     if name_of(node) != "stack" or _rank(node) < 5 or not node.users:
         return False

@@ -216,6 +216,7 @@ def pool(
             found = candidate(dims, array)
             width = _width(node, dims), found.array.shape[2]
             add(channels.setdefault(width, []), "constant channel", found)
+    rows = {width: found for width, found in rows.items() if found}  # the others are equal to those of another width
     return Pool(rows, gates, channels, numbers)
 
 

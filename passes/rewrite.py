@@ -21,9 +21,9 @@ from attncomp.passes.distribute import put_back
 from attncomp.passes.guess import Values, with_cases
 from attncomp.passes.layouts import NESTED, without_strides
 from attncomp.passes.lengths import Span
-from attncomp.passes.lift import lift
+from attncomp.passes.lift import in_graph_order, lift
 from attncomp.passes.lower import Lowered, Traces, lower, replace
-from attncomp.passes.nodes import ancestors, name_of
+from attncomp.passes.nodes import ancestors, name_of, value_of
 from attncomp.passes.opaque import opaque
 from attncomp.passes.outline import outline
 from attncomp.passes.powers import Power, assume_powers, put_back_powers
@@ -116,11 +116,13 @@ class _Run:
         values = Values.of(graph, (*captured.lifted, *inputs))
         given = dict(list(values.inputs.items())[len(captured.lifted) :])  # what calls give can be compared
         powers = assume_powers(graph, given)
-        written = write_out_scans(graph) if scans else []
+        written, unlike = write_out_scans(graph) if scans else ([], [])
         found = lift(graph, maxima)
         if lost := [s for s in written if not s.is_found(found)]:
+            unlike += [s.reason(found) for s in lost]
             _put_back_scans(graph, lost)
             found = lift(graph, maxima)
+        found = in_graph_order(graph, [*found, *unlike])
         stand = {n for n in graph.graph.nodes if STANDS in n.meta}
         self.clock.stage("lift")
         traces: Traces = {}
@@ -144,7 +146,10 @@ class _Run:
                 scan.put_back()
             _remove_dead(graph)
             if any(s.is_left() for s in written):  # a loop of that length is nothing for the compiler
-                return self.graph(dynamo_graph, inputs, one_plan, scans=False, maxima=maxima)
+                steps = {n for s in written for n in s.made}.union(m.anchor for m in unlike)
+                kept = [r for r, s in zip(reports, found, strict=True) if s.anchor in steps and r.verdict == "kept"]
+                whole, others = self.graph(dynamo_graph, inputs, one_plan, scans=False, maxima=maxima)
+                return whole, others + kept
             if any(not n._erased for n in stand):  # what is kept has its maximum, and one product, as it was written
                 kept = [r for r, s in zip(reports, found, strict=True) if s.anchor in stand and r.verdict == "kept"]
                 whole, others = self.graph(dynamo_graph, inputs, one_plan, scans, maxima=False)
@@ -163,8 +168,8 @@ class _Run:
     def _site(
         self, graph: GraphModule, item: Site | Missed, values: Values, traces: Traces, one_plan: str
     ) -> SiteReport:
-        device = str(tensor_of(item.anchor).device)
-        self.device = self.device or device
+        if isinstance(value_of(item.anchor), torch.Tensor):  # an operator that is kept may have several results
+            self.device = self.device or str(tensor_of(item.anchor).device)
         if isinstance(item, Missed):
             return _missed(item)
         hints = size_hints(item)

@@ -2,7 +2,7 @@
 
 Dynamo keeps ``scan(step, state, rows)`` as one operator with a body. Where a few steps of it are a recurrence of the
 linear family, all are written out in the graph, one after another like those of a loop in Python, and lifted like
-those. What is not replaced then is read from the operator again, and the steps go.
+those. What is not replaced then is read from the operator again, and the steps go. Every other scan has its reason.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 
-from attncomp.passes.bodies import bodies
+from attncomp.passes.bodies import Body, bodies
 from attncomp.passes.capture import Captured, capture
 from attncomp.passes.lift import lift
 from attncomp.passes.nodes import ancestors, arguments, name_of, value_of
-from attncomp.passes.site import Missed, Site
+from attncomp.passes.site import Missed, Site, missed
+from attncomp.variant import Rejection
 
 log = logging.getLogger("attncomp")
 
@@ -46,14 +47,19 @@ class Scan:
     step: int
 
     def is_found(self, found: Sequence[Site | Missed]) -> bool:
-        """Whether one of its results is, or is read by, a recurrence that was found."""
-        ends = set(self.items.values())
+        """Whether its steps, or what reads its results, are a recurrence that was found."""
+        ends = {*self.items.values(), *self.made}
         for site in found:
             if isinstance(site, Site) and site.kind == "linear":
                 inside = site.covered()
                 if not inside.isdisjoint(ends):
                     return True
         return False
+
+    def reason(self, found: Sequence[Site | Missed]) -> Missed:
+        """Why none of its results is a recurrence that was found."""
+        of = (s.reason for s in found if isinstance(s, Missed) and s.anchor in self.items.values())
+        return missed_scan(self.node, next(of, _NO_RECURRENCE))
 
     def put_back(self) -> None:
         """Let everything that is left read the operator's results."""
@@ -74,39 +80,67 @@ class _Body:
     results: tuple[Node, ...]
 
 
-def write_out_scans(graph: GraphModule) -> list[Scan]:
-    """Write out the scans that may be recurrences."""
-    found = []
+def write_out_scans(graph: GraphModule) -> tuple[list[Scan], list[Missed]]:
+    """Write out the scans that may be recurrences. Returned with why the others are none."""
+    found, left = list[Scan](), list[Missed]()
     for body in bodies(graph):
-        node = body.node
-        if str(node.target) != "scan" or len(node.args) != 4 or node.kwargs:
-            continue
-        groups: Any = node.args[1:]
-        init, rows, others = map(tuple, groups)
-        if not rows or not all(map(_is_plain, (*init, *rows, *others))):
-            continue
-        steps = int(value_of(rows[0]).shape[0])
-        if not _LEAST <= steps <= _MOST or any(u.target is not operator.getitem for u in node.users):
-            continue
-        inputs = body.inputs()
-        if not isinstance(inputs, list):
+        operator_name = str(body.node.target)
+        if operator_name not in ("scan", "associative_scan"):
             continue
         try:
-            with body.modes():
-                captured = capture(body.graph, inputs)
-            step = _body_of(captured) if isinstance(captured, Captured) else None
-            if step is None or len(step.given) != len((*init, *rows, *others)):
-                continue
-            operands = (*init, *rows, *others)
-            if not _has_same_gradients(node, step, operands, len(init)):
-                continue
-            promising = _is_promising(step, init, rows, others)
-        except Exception:  # a fault here must not cost the graph its other attention
+            made = _looked_into(graph, body) if operator_name == "scan" else _POINTWISE
+        except Exception as error:  # a fault here must not cost the graph its other attention
             log.debug("a scan was not looked into", exc_info=True)
-            continue
-        if promising:
-            found.append(_written_out(graph, node, step, init, rows, others, steps))
-    return found
+            made = Rejection("error", f"{type(error).__name__}: {error}")
+        if isinstance(made, Scan):
+            found.append(made)
+        elif not body.missed(made):  # what is normalised in a step has a line of its own
+            left.append(missed_scan(body.node, made))
+    return found, left
+
+
+_POINTWISE = Rejection(
+    "scan", "associative_scan stays one operator in its pointwise mode; its generic mode is looked into"
+)
+
+_NO_RECURRENCE = Rejection("not-a-recurrence", "its steps are those of no recurrence of linear attention")
+
+
+def missed_scan(node: Node, reason: Rejection = _NO_RECURRENCE) -> Missed:
+    return missed("linear", next((u for u in node.users if isinstance(value_of(u), torch.Tensor)), node), reason)
+
+
+def _looked_into(graph: GraphModule, body: Body) -> Scan | Rejection:
+    """A scan, written out, if its first steps are a recurrence."""
+    node = body.node
+    if len(node.args) != 4 or node.kwargs:
+        return Rejection("scan", "it is called otherwise than with states, rows and other tensors")
+    groups: Any = node.args[1:]
+    init, rows, others = map(tuple, groups)
+    if not rows or not all(map(_is_plain, (*init, *rows, *others))):
+        return Rejection("scan", "its operands are no dense tensors of known sizes")
+    steps = int(value_of(rows[0]).shape[0])
+    if not _LEAST <= steps <= _MOST:
+        return Rejection("scan", f"it has {steps} steps; {_LEAST} to {_MOST} are looked into")
+    inputs = body.inputs()
+    if isinstance(inputs, Rejection):
+        return inputs
+    if any(u.target is not operator.getitem for u in node.users):
+        return Rejection("scan", "its results are read as one")
+    with body.modes():
+        captured = capture(body.graph, inputs)
+    if isinstance(captured, Rejection):
+        return captured
+    step = _body_of(captured)
+    operands = (*init, *rows, *others)
+    if step is None or len(step.given) != len(operands):
+        return Rejection("scan", f"a step is no sequence of at most {_LARGEST} pure functions")
+    if not _has_same_gradients(node, step, operands, len(init)):
+        reason = "the operator has gradients, of zeros, where its steps have none: of what no step reads or detaches"
+        return Rejection("scan", reason)
+    if not _is_promising(step, init, rows, others):
+        return _NO_RECURRENCE
+    return _written_out(graph, node, step, init, rows, others, steps)
 
 
 def _is_plain(x: Any) -> bool:

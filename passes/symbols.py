@@ -17,6 +17,13 @@ class NotAnIntegerError(Exception):
     """A size or index has no form in the expression language (internal: the reader captures the tensor instead)."""
 
 
+def is_known(size: Any) -> bool:
+    """Whether a size is a number, or a symbol that a guard has made one: it can be asked for without another guard."""
+    if isinstance(size, torch.SymInt):
+        return size.node.maybe_as_int() is not None
+    return isinstance(size, int)
+
+
 def from_symint(value: Any) -> Expr:
     """An int or SymInt as an expression over `Size` symbols.
 

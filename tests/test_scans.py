@@ -128,7 +128,7 @@ def test_an_operand_that_nothing_reads_gets_zeros_as_from_the_operator() -> None
         return scan(plain, s, (q, k, v, g, b))[1]
 
     found = agree(run, *operands())
-    assert not found.sites
+    assert found.site.reason.startswith("scan: the operator has gradients")
     assert found.eager.gradients[3] is not None
 
 
@@ -172,7 +172,7 @@ def test_an_operand_that_is_detached_gets_zeros_as_from_the_operator() -> None:
         return scan(of_detached_values, s, (q, k, v, g))[1]
 
     found = agree(run, *operands())
-    assert not found.sites
+    assert found.site.reason.startswith("scan: the operator has gradients")
     assert found.eager.gradients[2] is not None
 
 
@@ -181,7 +181,7 @@ def test_results_require_gradients_as_those_of_the_operator() -> None:
     args = [x.detach().requires_grad_(n == 0) for n, x in enumerate(operands())]
     found = agree(model(channels, final=True, given=True), *args)
     assert found.eager.outputs[1].requires_grad
-    assert not found.sites
+    assert found.site.reason.startswith("scan: the operator has gradients")
 
 
 def test_without_gradients() -> None:
@@ -229,7 +229,9 @@ def detached(s: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("step", [nonlinear, of_the_state, mixed, squared, rounded, cut, detached])
 def test_other_scans_are_kept(step: Step) -> None:
     found = agree(model(step, final=True), *operands())
-    assert not any(s.variant in ("chunked_recurrence", "chunked_linear") for s in found.sites)
+    assert found.site.verdict == "kept"
+    assert found.site.reason.split(":")[0] in ("not-a-recurrence", "scan")
+    assert "test_scans.py:" in found.site.location
 
 
 def test_a_scan_that_is_kept_stays_one_operator() -> None:
@@ -246,7 +248,7 @@ def test_a_scan_that_is_kept_stays_one_operator() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "eager", seen)
         found = agree(run, *operands())
-    assert [s.kind for s in found.sites if s.verdict == "rewritten"] == ["softmax"]
+    assert found.verdicts == ["linear kept not-a-recurrence", "softmax rewritten mask=none"]
     assert graphs[0].count("higher_order.scan") == 1
     assert "tanh" not in graphs[0]
 
@@ -256,11 +258,29 @@ def test_two_scans_of_which_one_is_a_recurrence() -> None:
         return model(scalar)(*x) + model(nonlinear)(*x)
 
     found = agree(run, *operands())
-    assert [s.variant for s in found.sites if s.verdict == "rewritten"] == ["chunked_recurrence"]
+    assert found.verdicts == ["linear rewritten mask=causal", "linear kept not-a-recurrence"]
 
 
 def test_a_scan_that_is_too_short() -> None:
-    assert not agree(model(scalar), *operands(3)).sites
+    assert agree(model(scalar), *operands(3)).site.reason == "scan: it has 3 steps; 4 to 8192 are looked into"
+
+
+def test_a_scan_of_vectors() -> None:
+    def cell(h: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(h + x[0])
+        return h, h.clone()
+
+    def run(*x: Tensor) -> Tensor:
+        rows: Tensor = scan(cell, x[0][0] * 0, (x[0],))[1]
+        return rows
+
+    assert agree(run, *operands()).site.reason.startswith("not-a-recurrence")
+
+
+def test_a_scan_that_costs_more_as_a_recurrence_says_so() -> None:
+    found = agree(model(scalar), *operands(), policy={"version": 1, "defaults": {"min_speedup": 1e9}})
+    assert found.site.verdict == "kept"
+    assert "chunked_recurrence" in found.site.reason
 
 
 Combine = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
@@ -313,9 +333,10 @@ def test_other_associative_scans_are_kept(combine: Combine, gradients: bool) -> 
     if combine is stopped and not gradients:
         pytest.skip("without gradients it is the same function")
     found = agree(tree(combine, of_tokens), *args)
+    assert [s.reason.split(":")[0] for s in found.sites if s.verdict == "kept"] == ["not-a-recurrence"]
     assert not any(s.variant == "chunked_recurrence" for s in found.sites)
 
 
 def test_gates_that_may_grow_are_kept() -> None:
     found = agree(tree(joined, lambda g, b: b.exp()[..., None, None]), *operands())
-    assert "chunked_recurrence" not in [s.variant for s in found.sites]
+    assert found.site.reason.startswith("gate-sign")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from attncomp.passes.capture import Captured
 from attncomp.passes.lift import lift
 from attncomp.passes.site import Site
+from attncomp.report import reports
 from tests.agreement import ALWAYS, agree
 from tests.passes.bruteforce import captured_graph, check_site
 
@@ -343,3 +344,28 @@ def test_states_of_every_step_stay() -> None:
 
     made = agree(model, *tensors("factor", grad=True), policy=ALWAYS)
     assert sorted(made.verdicts) == ["linear kept not-a-recurrence", "linear kept states-escape"]
+
+
+def test_a_size_that_only_the_run_knows_is_a_reason() -> None:
+    """Keys that are cut out of what has such a size; no guard asks for it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        k = torch.cat([k, k.new_zeros(*k.shape[:-1], x.shape[0])], -1)[..., :6]
+        state, rows = q.new_zeros(2, 3, 6, 6), []
+        for t in range(7):
+            state = state * 0.9 + k[:, :, t, :, None] * v[:, :, t, None, :]
+            rows.append((q[:, :, t, None, :] @ state).squeeze(-2))
+        return torch.stack(rows, 2)
+
+    torch._dynamo.reset()
+    frames: list[int] = []
+    compiled = torch.compile(attend, backend="attncomp", options={"policy": ALWAYS, "executor": "eager"})
+    q, k, v = torch.randn(3, 2, 3, 7, 6)
+    for n in (5, 8, 11):
+        x = torch.randn(n)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(q, k, v, x), attend(q, k, v, x))
+        frames.append(len(reports()))
+    assert len(set(frames)) == 1, "compiled once, for all sizes"
+    (site,) = reports()[-1].sites
+    assert site.reason.startswith("sizes")
