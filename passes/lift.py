@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
+from attncomp.passes.channel_gates import with_gates
 from attncomp.passes.contraction import is_contraction
 from attncomp.passes.distribute import DISTRIBUTED, distribute, put_back
 from attncomp.passes.heads import guard_groups
 from attncomp.passes.lift_flex import is_flex, lift_flex, result_of
 from attncomp.passes.lift_linear import lift_linear
 from attncomp.passes.lift_over_queries import lift_over_queries
-from attncomp.passes.lift_recurrence import lift_recurrences
+from attncomp.passes.lift_recurrence import TOO_LARGE, lift_recurrences
 from attncomp.passes.lift_sdpa import lift_sdpa
 from attncomp.passes.lift_softmax import LOG_SOFTMAX, lift_softmax, weights_path
 from attncomp.passes.loops_apart import Apart, loops_apart
@@ -100,11 +101,18 @@ def _anchored(graph: torch.fx.GraphModule, loops: Sequence[Apart]) -> list[Site 
     for node in reversed(graph.graph.nodes):
         if is_contraction(node) and node not in claimed and DISTRIBUTED not in node.meta:
             result = attempted(lift_linear(graph, node))
+            if isinstance(result, Site) and result.kind == "linear":
+                result = with_gates(graph, result)
             if result is not None:
                 found.append(_reported("linear", node, result))
             if isinstance(result, Site):
                 claimed |= result.covered()
-    return in_graph_order(graph, found)
+    return in_graph_order(graph, [s for s in found if not _was_read(s, claimed)])
+
+
+def _was_read(s: Site | Missed, claimed: set[Node]) -> bool:
+    """Whether a place was too large to be compared, and lifted by reading it."""
+    return isinstance(s, Missed) and s.reason.code == TOO_LARGE and s.anchor in claimed
 
 
 def in_graph_order(graph: torch.fx.GraphModule, found: Sequence[Site | Missed]) -> list[Site | Missed]:

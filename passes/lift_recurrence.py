@@ -42,8 +42,15 @@ from attncomp.variant import Rejection
 
 log = logging.getLogger("attncomp")
 
-_PARALLEL_WORK = 1 << 25
-"""The same for what is no loop: the quadratic form of many rows is lifted by reading it."""
+TOO_LARGE = "identity-too-large"
+_SAID = ("error", TOO_LARGE)
+"""Reasons that are reported of what is no loop, too."""
+
+_CHUNKED_WORK = 1 << 27
+"""The same for what is no loop: chunks at once."""
+
+_QUADRATIC_WORK = 1 << 25
+"""The same for the quadratic form, which of many rows is lifted by reading it."""
 
 _SMALL = 1 << 24
 """Elements of what is evaluated whole, where a part of it told nothing."""
@@ -69,6 +76,7 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
     known = KnownValues(graph)
     found: list[Site | Missed] = []
     claimed = set(taken)
+    large: set[Node] = set()
     seen: dict[Any, _Known | Rejection | None] = {}
     collected = frozenset(p.node for p in candidates if p.stepwise)
     alive: set[Node] | None = None  # the nodes that are left, where some went
@@ -83,8 +91,12 @@ def lift_recurrences(graph: GraphModule, taken: Set[Node]) -> list[Site | Missed
             result = Rejection("error", f"{type(error).__name__}: {error}")
         if interleaves(place.node) and not isinstance(result, Site):
             result = result or Rejection("not-a-recurrence", "its steps are those of no recurrence of linear attention")
-        elif result is None or (isinstance(result, Rejection) and not place.stepwise and result.code != "error"):
+        elif result is None or (isinstance(result, Rejection) and not place.stepwise and result.code not in _SAID):
             continue  # the quadratic form, perhaps, which is for others to lift
+        if isinstance(result, Rejection) and result.code == TOO_LARGE:
+            if large.intersection(place.outputs):
+                continue  # of the same rows
+            large |= set(place.outputs)
         anchor, inner = place.node, list[Site]()
         if isinstance(result, Rejection) and place.stepwise and result.code == "not-a-recurrence":
             stays = claimed.union(*map(_stays, found))
@@ -282,10 +294,10 @@ class _Search:
 
     def _among(self, outputs: list[Node], leaves: frozenset[Node]) -> Site | Rejection | None:
         region = Region(self.graph, self.known, [*outputs, *self.extra], leaves).narrowed()
-        if region.work() > (WORK if self.place.stepwise else _PARALLEL_WORK):
-            return Rejection("identity-too-large", f"comparing it takes {region.work():.1e} operations")
-        self.leaves = leaves
         lengths = {f.length for n in outputs for f in frames(n, region)}
+        if region.work() > self._most(region, max(lengths, default=1)):
+            return Rejection(TOO_LARGE, f"comparing it takes {region.work():.1e} operations")
+        self.leaves = leaves
         nodes = {length: whole(region, length, frozenset(self.extra)) for length in lengths}
         keep = {(n, EXPONENTS if log else VALUES) for found in nodes.values() for n, log in found}
         reason: Rejection | None = None
@@ -316,6 +328,13 @@ class _Search:
         if self.place.stepwise:
             return Rejection("not-a-recurrence", "its steps are those of no recurrence of linear attention")
         return None
+
+    def _most(self, region: Region, length: int) -> int:
+        """The elements that an evaluation may compute."""
+        if self.place.stepwise:
+            return WORK
+        quadratic = any(sum(s >= length for s in region.shape(n)) > 1 for n, _ in region.order)
+        return _QUADRATIC_WORK if quadratic else _CHUNKED_WORK
 
     def _needed(self) -> set[Node]:
         return set() if self.found is None else {r.node for r in self.found.recurrence.reads}

@@ -15,7 +15,8 @@ from attncomp.passes.field_values import FieldValues, Key, Region, trials
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import ancestors, name_of, value_of
 from attncomp.passes.recurrence_pool import Frame, arranged, residues, states
-from attncomp.passes.recurrences import Read, Recurrence, run
+from attncomp.passes.recurrence_rows import run
+from attncomp.passes.recurrences import Read, Recurrence
 from attncomp.passes.site import State
 
 WORK = 1 << 28

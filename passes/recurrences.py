@@ -1,4 +1,4 @@
-"""Recurrences of linear attention, and what they compute, in residues.
+"""Recurrences of linear attention.
 
     S_t = A_t S_{t-1} - delta (beta_t k_t) (k_t^T A_t S_{t-1}) + k_t (beta_t v_t)^T      A_t = diag(decay_t) or decay_t
     O_t = scale q_t^T S_t
@@ -7,7 +7,7 @@ or, of those that read before they write,
 
     O_t = scale q_t^T (S_{t-1} + (bonus_t * k_t) (beta_t v_t)^T)
 
-Arrays here are residues: (n, t, width) with the batch flattened to n.
+What they compute in residues is in `attncomp.passes.recurrence_rows`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
-
-from attncomp.passes.field import VALUES
 
 Dims = tuple[int | None, ...]
 
@@ -116,57 +114,3 @@ class Pool:
     gates: Sequence[Candidate]
     channels: Mapping[Width, Sequence[Candidate]]
     numbers: Mapping[int, float]
-
-
-def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: int,
-    beta: torch.Tensor | None,
-    decay: torch.Tensor | None,
-    delta: bool,
-    initial: torch.Tensor | None,
-    erase: torch.Tensor | None = None,
-    write: torch.Tensor | None = None,
-    early: bool = False,
-    before: bool = False,
-    bonus: torch.Tensor | None = None,
-    block: int = 1,
-    of_values: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows (n, t, e), and the last state (n, d, e)."""
-    f = VALUES
-    n, length = max(x.shape[0] for x in (q, k, v)), max(x.shape[1] for x in (q, k, v))
-    state = torch.zeros(n, k.shape[2], v.shape[2], dtype=torch.int64) if initial is None else initial
-    q = f.multiply(q, torch.tensor(scale))
-    rows: list[torch.Tensor] = []
-
-    def at(x: torch.Tensor, t: int) -> torch.Tensor:
-        return x[:, t if x.shape[1] > 1 else 0]
-
-    for t in range(length):
-        old = state
-        if decay is not None:
-            state = f.multiply(state, at(decay, t)[:, None, :] if of_values else at(decay, t)[:, :, None])
-        key, written = at(k, t)[:, :, None], at(v, t)[:, None, :]
-        if delta:
-            written = written - f.product(key.transpose(1, 2).expand(n, -1, -1), old if early else state)
-        if beta is not None:
-            written = f.reduce(written.clone()) * at(beta, t)[:, :, None]
-        if erase is not None and write is not None:
-            erased = f.product(at(write, t)[:, None, :].expand(n, -1, -1), old)
-            state = f.reduce(state - f.multiply(at(erase, t)[:, :, None], erased))
-        state = f.reduce(state + key * f.reduce(written.clone()))
-        if block > 1:
-            if (t + 1) % block == 0 or t + 1 == length:
-                first = t - t % block
-                rows.extend(f.product(q[:, first : t + 1], state).unbind(1))
-            continue
-        row = f.product(at(q, t)[:, None, :].expand(n, -1, -1), old if before else state)[:, 0]
-        if before and bonus is not None:
-            own = at(v, t) if beta is None else f.multiply(at(v, t), at(beta, t))
-            seen = f.multiply(at(q, t), f.multiply(at(k, t), at(bonus, t))).sum(1, keepdim=True)
-            row = f.reduce(row + f.reduce(seen) * own)
-        rows.append(row)
-    return torch.stack(rows, 1), state

@@ -86,3 +86,21 @@ def test_what_rounds_inside_is_kept(where: str, dtype: torch.dtype) -> None:
         out = torch.compile(attend, backend="attncomp", options=OPTIONS)(q, k, v)
     torch.testing.assert_close(out, attend(q, k, v))
     assert [s.reason.split(":")[0] for r in reports() for s in r.sites] == ["mixed-dtypes"]
+
+
+@pytest.mark.parametrize("name", ["Mamba-2, chunks", "Gated retention", "GLA, parallel"])
+def test_what_is_too_large_to_be_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is lifted by reading it, or the report says so, once."""
+    for limit in ("_CHUNKED_WORK", "_QUADRATIC_WORK"):
+        monkeypatch.setattr(f"attncomp.passes.lift_recurrence.{limit}", 1)
+    system = next(s for s in SYSTEMS if s.name == name)
+    tensors = system.inputs(SIZES)
+    torch._dynamo.reset()
+    clear_reports()
+    out = torch.compile(system.attend, backend="attncomp", options=OPTIONS)(**tensors)
+    torch.testing.assert_close(out, system.attend(**tensors), rtol=1e-8, atol=1e-10)
+    sites = [s for r in reports() for s in r.sites]
+    if name == "Mamba-2, chunks":
+        assert [str(s.reason).split(":")[0] for s in sites] == ["identity-too-large"]
+    else:
+        assert [s.variant for s in sites] == ["chunked_recurrence"]
