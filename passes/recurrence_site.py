@@ -259,7 +259,10 @@ class _Maker:
         return Read(self._made(torch.ops.aten.exp.default, read.node), read.dims) if read.log else read
 
     def _state(self, read: Read) -> Load:
-        return self._loaded(self._arranged(read.node, read.dims, 4), (B, H, D, E), None)
+        load = self._loaded(self._arranged(read.node, read.dims, 4), (B, H, D, E), None)
+        if self.found.frame.width == 1:  # its one column is all that there is
+            load = Load(load.tensor, (*load.index[:3], E))
+        return load
 
     def _loaded(self, node: Node, axes: Sequence[Expr], pad: float | None) -> Load:
         if not self.turned:

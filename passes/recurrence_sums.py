@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
+from attncomp.passes.field_values import Region
 from attncomp.passes.known_values import KnownValues
 from attncomp.passes.nodes import value_of
-from attncomp.passes.recurrence_check import Check
+from attncomp.passes.recurrence_check import STATES, Check
 from attncomp.passes.recurrence_site import Found
 from attncomp.passes.recurrences import Read
 
@@ -35,9 +37,29 @@ def sums_of(graph: GraphModule, known: KnownValues, found: Found, node: Node) ->
     one, ones = _ones(graph, found.recurrence.v.node, found.frame.length, rows.dtype)
     nothing = [None] * len(found.frame.batch)
     guess = replace(found.recurrence, v=Read(one, (*nothing, None, None)))
-    if not Check(graph, known, frozenset()).verified(guess, output, found.frame):
-        return None
-    return Found(replace(guess, v=Read(ones, (*nothing, 0, None))), output, replace(found.frame, width=1), None)
+    check = Check(graph, known, frozenset())
+    for initial in _initials(graph, known, found, output):
+        start = replace(guess, initial=initial)
+        if check.verified(start, output, found.frame):
+            start = replace(start, v=Read(ones, (*nothing, 0, None)))
+            return Found(start, output, replace(found.frame, width=1), None)
+    return None
+
+
+def _initials(graph: GraphModule, known: KnownValues, found: Found, output: Node) -> Iterator[Read | None]:
+    """What the sums may start from, where the rows start from a state: vectors of the keys' width."""
+    if found.recurrence.initial is None:
+        yield None
+        return
+    k = found.recurrence.k
+    width = 1 if k.dims[-1] is None else int(value_of(k.node).shape[k.dims[-1]])
+    wanted = [*found.frame.batch, width]
+    region = Region(graph, known, [output])
+    leaves = [
+        n for n, field in region.order if region.way(n, field) == "leaf" and isinstance(value_of(n), torch.Tensor)
+    ]
+    for node in [n for n in leaves if list(value_of(n).shape) == wanted][:STATES]:
+        yield Read(node, (*range(len(wanted)), None))
 
 
 def _with_width(graph: GraphModule, node: Node) -> Node:

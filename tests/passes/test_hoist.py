@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import attncomp
+from tests.agreement import agree
 from tests.passes.test_recurrence_order import B, D, E, H, T, tensors, verdicts
 
 Row = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -157,3 +159,53 @@ def test_gates_relative_to_what_the_loop_carries_on(late: bool) -> None:
 
 def test_a_function_of_the_state_beside_such_gates_is_kept() -> None:
     assert "rewritten" not in verdicts(mlstm(exact=False), tensors((E,)))
+
+
+def package(start: str, near: str = "") -> Callable[..., Any]:
+    """mLSTM's steps as the public packages write them: three states, which may be given, and are returned.
+
+    start: "zeros" or "given". near: what is different of the rows' sums.
+    """
+
+    def step(states: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, entry: Tensor, forget: Tensor) -> Any:
+        c, n, m = states
+        forget = torch.nn.functional.logsigmoid(forget)
+        new = torch.max(forget + m, entry)
+        f, i = torch.exp(forget + m - new), torch.exp(entry - new)
+        q = q * q.shape[-1] ** -0.5
+        c = f[..., None] * c + i[..., None] * (k[..., :, None] @ v[..., None, :])
+        n = (f * f if near == "gate" else f) * n + i * (v[..., : k.shape[-1]] if near == "keys" else k)
+        rows, sums = (q[..., None, :] @ c).squeeze(2), (q[..., None, :] @ n[..., :, None]).squeeze(2)
+        return rows / (torch.maximum(sums.abs(), torch.exp(-new)) + 1e-6), (c, n, new)
+
+    def attend(*x: Tensor) -> Any:
+        q, k, v, entry, forget, c, n, m = x
+        states = (c, n.sin() if near == "start" else n, m)
+        if start == "zeros":
+            states = (torch.zeros_like(c), torch.zeros_like(n), torch.zeros_like(m))
+        out = []
+        for t in range(q.shape[2]):
+            here = (a[:, :, t] for a in (q, k, v, entry[..., None], forget[..., None]))
+            row, states = step(states, *here)
+            out.append(row)
+        return torch.stack(out, -2), states[0]
+
+    return attend
+
+
+def of_package() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide, flat = (B, H, T, 4), (B, H, T)
+    shapes = (wide, wide, wide, flat, flat, (B, H, 4, 4), (B, H, 4), (B, H, 1))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("start", ["zeros", "given"])
+def test_steps_of_a_package_with_states_that_are_given_and_returned(start: str) -> None:
+    assert agree(package(start), *of_package()).verdicts == ["linear rewritten mask=causal"] * 2
+
+
+@pytest.mark.parametrize("near", ["gate", "keys", "start"])
+def test_sums_that_are_others_are_kept(near: str) -> None:
+    """Or that start from something computed, which is not looked for; the rows are a recurrence all the same."""
+    assert agree(package("given", near), *of_package()).verdicts == ["linear rewritten mask=causal"]
