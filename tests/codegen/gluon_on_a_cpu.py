@@ -32,10 +32,15 @@ def brought_here(source: str) -> str:
     return head + mine + re.sub(r"\b\w+\.layout\b", "None", rest[rest.index(")\n") + 2 :])
 
 
+def _of_triton(name: str) -> Any:
+    """A name of Triton's language; some have been there, before Triton 3.7, only by the name of the module."""
+    return getattr(real, name) if hasattr(real, name) else getattr(real.core, name)
+
+
 def steps(*ends: Any) -> Iterator[Any]:
     """A loop's index is a number of the device, as in the kernel: what is computed from it has a dtype."""
     for n in range(*(int(end) for end in ends)):
-        yield real.to_tensor(n)
+        yield _of_triton("to_tensor")(n)
 
 
 Part: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
@@ -405,7 +410,7 @@ class Language:
             return lambda *args, **kwargs: "plain"
         if name.endswith("Layout"):
             return lambda *args, **kwargs: None
-        return getattr(real, name)
+        return _of_triton(name)
 
     def arange(self, start: int, end: int, layout: Any) -> Any:
         return real.arange(start, end)
