@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attncomp.expr import Const, Load, ge
+from attncomp.passes.assemble import needs_gradient
 from attncomp.passes.nodes import argument, arguments, dimension, name_of, value_of
 from attncomp.passes.recurrence_pool import Frame
 from attncomp.passes.recurrence_site import Found, site_of_recurrence
@@ -104,7 +105,7 @@ def _frame(site: Site, axes: tuple[int | None, ...]) -> Frame:
 def _factored(graph: GraphModule, node: Node, dims: Dims, left: int) -> tuple[_Gate, Callable[[], Node]] | None:
     """The factor of a product that is a gate's, and what makes the node of all others."""
     name = name_of(node)
-    if left == 0 or name not in ("mul", "div", "true_divide") or node.kwargs:
+    if left == 0 or name not in ("mul", "div", "true_divide") or node.kwargs or _stops(node):
         return None
     x, y = arguments(node)[:2]
     value = value_of(node)
@@ -120,6 +121,11 @@ def _factored(graph: GraphModule, node: Node, dims: Dims, left: int) -> tuple[_G
             gate, rest = found
             return gate, lambda rest=rest, at=at: _with(graph, node, rest(), 1 - at)
     return None
+
+
+def _stops(node: Node) -> bool:
+    """Whether a gradient ends here, so that what stands for the node must not read what it reads."""
+    return not needs_gradient(node) and any(map(needs_gradient, node.all_input_nodes))
 
 
 def _like(x: Node, value: torch.Tensor) -> bool:
@@ -143,7 +149,7 @@ def _gate(factor: Node, dims: Dims, sign: int) -> _Gate | None:
     node, exponent = factor, False
     while True:
         value, name = value_of(node), name_of(node)
-        if not isinstance(value, torch.Tensor) or not node.args or not isinstance(node.args[0], Node):
+        if not isinstance(value, torch.Tensor) or not node.args or not isinstance(node.args[0], Node) or _stops(node):
             return None
         source = node.args[0]
         if name == "unsqueeze":

@@ -126,9 +126,29 @@ def twice(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return torch.tril((q * g.exp()) @ (k * (-2 * g).exp()).mT) @ v
 
 
+def of_fixed_keys(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """The gates learn by the queries alone."""
+    g = total(gate)
+    with torch.no_grad():
+        inverse = (-g).exp()
+    return torch.tril((q * g.exp()) @ (k * inverse).mT) @ v
+
+
+def of_fixed_sums(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    g = total(gate)
+    return torch.tril((q * g.exp()) @ (k * (-g.detach()).exp()).mT) @ v
+
+
+def of_queries_that_learn_nothing(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    g = total(gate)
+    with torch.no_grad():
+        queries = q * g.exp()
+    return torch.tril(queries @ (k * (-g).exp()).mT) @ v
+
+
 NEAR = (
-    growing, of_any_sign, of_two, without_a_mask, strictly_causal, along_the_channels, along_the_heads, turned,
-    off_by_one, twice,
+    of_fixed_keys, of_fixed_sums, of_queries_that_learn_nothing, growing, of_any_sign, of_two, without_a_mask,
+    strictly_causal, along_the_channels, along_the_heads, turned, off_by_one, twice,
 )  # fmt: skip
 
 
