@@ -123,7 +123,8 @@ class Place:
     """Shared memory for one tile.
 
     fenced, met: whether the tensor cores see what threads brought, and whether all warps have met since; both hold for
-        what the hardware fetches. read: whether another warp may still read it.
+        what the hardware fetches. read: whether another warp may still read it. by: the group of warps that stored what
+        it has: between that and its own load Triton's compiler puts a barrier of the group (seen in PTX).
     """
 
     def __init__(self, dtype: Any, shape: list[int]) -> None:
@@ -132,6 +133,7 @@ class Place:
         self.value: Any = None
         self.fenced = self.met = True
         self.read = False
+        self.by: int | None = None
         places.add(self)
 
     def reshape(self, shape: list[Any]) -> Place:
@@ -144,11 +146,11 @@ class Place:
 
     def store(self, value: Any) -> None:
         assert not _is_read(self), "written while a product reads it"
-        self.value, self.fenced, self.met = value, False, False
+        self.value, self.fenced, self.met, self.by = value, False, False, groups.running
 
     def load(self, layout: Any) -> Any:
         assert self.value is not None, "read before it came"
-        assert self.met, "read before all warps have brought their part"
+        assert self.met or self.by == groups.running, "read before all warps have brought their part"
         self.read = True
         return self.value
 
@@ -245,7 +247,7 @@ class Barrier:
         if self.coming and self.left == 0:
             assert self.bytes == 0, "another number of bytes than expected"
             for place, tile in self.coming:
-                place.value = tile
+                place.value, place.fenced, place.met, place.by = tile, True, True, None
             self.coming = []
             self._complete()
 
@@ -319,6 +321,8 @@ def _copy(place: Place | Vector, pointer: Any, mask: Any) -> None:
         place.fenced = False
     else:
         assert not place.readers, "copied into while other warps may still read it"
+    if isinstance(place, Place):
+        place.by = None
     place.value, place.met = None, False
     copies[-1].append((place, real.load(pointer, mask=mask, other=0.0)))
 
@@ -359,6 +363,7 @@ def _fetch(box: Any, first: list[Any], barrier: Any, place: Place, pred: Any = T
     if not bool(pred):
         return
     assert not _is_read(place), "fetched into what is being read"
+    assert place.fenced, "fetched into before the hardware sees what threads brought"
     place.value = None
     tile = real.reshape(box.load(first), place.shape)
     _the(barrier).coming.append((place, tile))

@@ -34,7 +34,7 @@ RUN = (
     "proven_image", "proven_frames", "proven_neighbourhood", "proven_local_or_summary", "symbolic", "short_keys",
     "dense_bias",
 )  # fmt: skip
-QUICK = ("causal", "alibi_learned", "documents", "proven_image", "proven_frames", "sink")
+QUICK = ("causal", "alibi_learned", "dense_bias", "documents", "proven_image", "proven_frames", "sink")
 
 
 def _for_hopper(plan: Plan, *, spans: bool, **more: int) -> Plan:
@@ -160,3 +160,9 @@ def test_ranges_from_data(name: str, interpreter: Callable[..., dict[str, float]
 def test_the_wrong_order_is_seen(right: str, wrong: str, says: str, interpreter: Callable[..., Any]) -> None:
     with pytest.raises(Exception, match=says):
         interpreter(forward_errors, "causal", {"queue": 1}, (right, wrong))
+
+
+def test_an_output_that_leaves_by_the_place_of_the_queries_is_fenced(interpreter: Callable[..., Any]) -> None:
+    fence, then = "            fence_async_shared()\n", "            mbarrier.arrive(q_free, count=1)\n"
+    with pytest.raises(Exception, match="before the hardware sees"):
+        interpreter(forward_errors, "dense_bias", {}, (fence + then, then))
