@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from attncomp.expr import Const, Load, ge
+from attncomp.expr import Const, Load, Weight, ge
 from attncomp.passes.assemble import needs_gradient
 from attncomp.passes.nodes import argument, arguments, dimension, name_of, value_of
 from attncomp.passes.recurrence_pool import Frame
@@ -50,7 +50,8 @@ def _found(graph: GraphModule, site: Site) -> Found | None:
     spec = site.spec
     scale = _scale(site)
     axes = _axes(site)
-    plain = spec.normaliser.kind == "none" and spec.transition is None and not site.captured and site.final is None
+    plain = spec.normaliser.kind == "none" and spec.weight == Weight() and spec.dropout == 0 and spec.transition is None
+    plain = plain and not site.captured and site.final is None
     if scale is None or axes is None or not plain or spec.mask != ge(I, J) or spec.size("i") != spec.size("j"):
         return None
     if not isinstance(spec.value, Load) or spec.group != 1:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attncomp.report import clear_reports, reports
 from tests.agreement import ALWAYS, Agreement, agree
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -157,6 +158,19 @@ NEAR = (
 def test_near_misses_are_right(form: Form) -> None:
     found: Agreement = agree(form, *operands())
     assert all(s.variant != "chunked_recurrence" for s in found.sites)
+
+
+@pytest.mark.usefixtures("read_only")
+def test_weights_that_are_dropped_stay() -> None:
+    def dropped(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        g = total(gate)
+        return F.dropout(torch.tril((q * g.exp()) @ (k * (-g).exp()).mT), 0.5) @ v
+
+    torch._dynamo.reset()
+    clear_reports()
+    options = {"policy": ALWAYS, "executor": "eager"}
+    torch.compile(dropped, backend="attncomp", options=options, dynamic=False)(*operands())
+    assert all(s.variant != "chunked_recurrence" for r in reports() for s in r.sites)
 
 
 def test_what_overflows_as_it_is_written_is_right() -> None:
