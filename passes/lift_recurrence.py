@@ -333,7 +333,8 @@ class _Search:
         """The elements that an evaluation may compute."""
         if self.place.stepwise:
             return WORK
-        quadratic = any(sum(s >= length for s in region.shape(n)) > 1 for n, _ in region.order)
+        tensors = [n for n, _ in region.order if isinstance(value_of(n), torch.Tensor)]  # not the pieces of a split
+        quadratic = any(sum(s >= length for s in region.shape(n)) > 1 for n in tensors)
         return _QUADRATIC_WORK if quadratic else _CHUNKED_WORK
 
     def _needed(self) -> set[Node]:

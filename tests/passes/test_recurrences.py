@@ -13,6 +13,7 @@ from attncomp.passes.capture import Captured
 from attncomp.passes.lift import lift
 from attncomp.passes.site import Site
 from attncomp.report import reports
+from benchmarks.linear_systems import SYSTEMS, Sizes
 from tests.agreement import ALWAYS, agree
 from tests.passes.bruteforce import captured_graph, check_site
 
@@ -369,3 +370,17 @@ def test_a_size_that_only_the_run_knows_is_a_reason() -> None:
     assert len(set(frames)) == 1, "compiled once, for all sizes"
     (site,) = reports()[-1].sites
     assert site.reason.startswith("sizes")
+
+
+def test_operands_that_are_pieces_of_one_tensor() -> None:
+    """The tuple of all pieces has no shape, which is asked for where chunks at once are looked at."""
+    (chunks,) = (s for s in SYSTEMS if s.name == "Mamba-2, chunks")
+    x = chunks.inputs(Sizes(batch=2, heads=2, n=32, width=4, dtype=torch.float64))
+    others = {n: t for n, t in x.items() if n not in ("q", "k")}
+
+    def attend(both: Tensor, *rest: Tensor) -> Any:
+        q, k = both.split([4, 4], -1)
+        return chunks.attend(q=q, k=k, **dict(zip(others, rest, strict=True)))
+
+    found = agree(attend, torch.cat([x["q"], x["k"]], -1), *others.values())
+    assert found.verdicts == ["linear rewritten mask=causal"]
