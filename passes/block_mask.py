@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from attncomp.expr import ZERO, Expr
 from attncomp.passes.mods import Body, read_mod
-from attncomp.passes.nodes import called, is_one, value_of
+from attncomp.passes.nodes import called, is_one, value_of, with_ancestors
 from attncomp.passes.opaque import opaque
 from attncomp.passes.reader import Reader
 from attncomp.passes.site import location_of
@@ -121,7 +121,7 @@ def _read_segment(reader: Reader, node: Node, body: GraphModule, index: Sequence
         env[operand] = graph.placeholder(operand.name)
         env[operand].meta = {"example_value": value_of(given)}
         bound.append(given)
-    needed = _ancestors(result) | {result}
+    needed = with_ancestors([result])
     for n in segment.nodes:
         if n in needed and n not in env:
             if any(a not in env for a in n.all_input_nodes):
@@ -130,17 +130,6 @@ def _read_segment(reader: Reader, node: Node, body: GraphModule, index: Sequence
     graph.output(env[result])
     read = read_mod(reader, GraphModule({}, graph), bound, torch.float32)
     return None if isinstance(read, Rejection) else reader.refine(read)
-
-
-def _ancestors(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return seen
 
 
 def _given(

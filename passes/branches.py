@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.torch_version import TorchVersion
 
 from attncomp.passes.inline import CHECKPOINT
-from attncomp.passes.nodes import argument, name_of, value_of
+from attncomp.passes.nodes import argument, name_of, value_of, with_ancestors
 from attncomp.passes.site import Site, tensor_of
 from attncomp.passes.symbols import hint
 from attncomp.variant import Rejection
@@ -237,7 +237,7 @@ def _members(graph: GraphModule, boundary: Sequence[Node], output: Node) -> list
     Masks that several sites share are made again in each branch, and not at all in those that have no use for them.
     What the boundary needs anyway stays outside, and so do sizes.
     """
-    outside = _ancestors(boundary)
+    outside = with_ancestors(boundary)
     found: set[Node] = set()
     stack = [output]
     while stack:
@@ -254,18 +254,6 @@ def _members(graph: GraphModule, boundary: Sequence[Node], output: Node) -> list
         found.add(node)
         stack.extend(node.all_input_nodes)
     return [n for n in graph.graph.nodes if n in found]
-
-
-def _ancestors(nodes: Sequence[Node]) -> set[Node]:
-    """The nodes, and all that they are computed from."""
-    found: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _is_outside(node: Node, outside: set[Node]) -> bool:

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from attncomp.passes.hoist import Column, arguments_of, rows_of, shape_of_call
 from attncomp.passes.inline import CHECKPOINT
-from attncomp.passes.nodes import ancestors, argument, arguments, dimension, name_of, value_of
+from attncomp.passes.nodes import ancestors, argument, arguments, dimension, name_of, value_of, with_ancestors
 from attncomp.passes.recurrence_anchors import places
 from attncomp.passes.site import Missed, Site
 from attncomp.passes.views import VIEWS
@@ -96,7 +96,7 @@ def _apart(graph: GraphModule, place: Node) -> Apart | None:
     collected = rows_of(place)
     for column in _softmaxes(collected) if collected is not None else ():
         rows = [arguments(n)[0] for n in column]
-        if _is_whole(column) and not any(n in column for n in _above(rows)) and _may_move(graph.graph, column):
+        if _is_whole(column) and with_ancestors(rows).isdisjoint(column) and _may_move(graph.graph, column):
             made = _made(graph, place, column, rows)
             if made is not None:
                 return made
@@ -120,17 +120,6 @@ def _softmaxes(collected: Column) -> Iterator[Column]:
 def _is_whole(column: Column) -> bool:
     """Whether all steps are the same function of rows of one shape."""
     return all(shape_of_call(n) == shape_of_call(column[0]) != n for n in column)
-
-
-def _above(nodes: Sequence[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _may_move(graph: Graph, column: Column) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,8 +79,13 @@ def dimension(d: int, rank: int) -> int:
 
 def ancestors(node: Node) -> set[Node]:
     """The nodes that a node is computed from."""
+    return with_ancestors(node.all_input_nodes)
+
+
+def with_ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
     found: set[Node] = set()
-    stack = list(node.all_input_nodes)
+    stack = list(nodes)
     while stack:
         current = stack.pop()
         if current not in found:
