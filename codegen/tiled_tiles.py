@@ -71,7 +71,7 @@ def has_descriptors(spec: AttentionSpec, hardware: Hardware) -> bool:
     return tile_family(spec, hardware) == "hopper" and alike and not any(p.tail for p in parts)
 
 
-_GLUON = ((3, 6), (3, 9))
+_GLUON = ((3, 6), (3, 7), (3, 8), (3, 9))
 """Versions of Triton whose Gluon the kernels for Hopper are known to compile with: it is no stable interface."""
 _HOPPER_WIDTHS = (64, 128)
 _ROWS = 64
