@@ -89,7 +89,6 @@ def lift_sdpa(graph: torch.fx.GraphModule, node: Node) -> Attempt:
         split=split_mask,
         minus_infinity=may_be_minus_infinity,
         empty="zero",
-        length=shape_of(v)[
-            -2
-        ],  # caches of keys and values may have lengths under two symbols: SDPA takes them as equal
+        # Caches of keys and values may have lengths under two symbols: SDPA takes them as equal.
+        length=shape_of(v)[-2],
     )
